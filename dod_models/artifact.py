@@ -1,0 +1,146 @@
+"""Output folders of stages: written beside the target, described by a manifest, renamed into place when complete.
+
+A folder that stands at its target is whole: `manifest.json` names the schema, the config's digest, counts, and the
+sha256 of every file. Nothing in it differs between two equal runs. A killed process leaves only `.NAME.partial`
+beside the target.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+class DamagedError(ValueError):
+    """A file or folder is not what its manifest says."""
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file in hexadecimal, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented, sorted JSON beside `path`, flush it to disk, and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        json.dump(value, file, indent=1, sort_keys=True, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a ValueError names the file that isn't."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; run the stage that makes it, or `dvc pull`") from None
+    except json.JSONDecodeError as error:
+        raise DamagedError(
+            f"{path}: not JSON ({error}); make it again with `dvc checkout --force` or its stage"
+        ) from None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; BlockingIOError if another process has it. The lock dies with us."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{path}: another process is writing this output; wait for it or stop it") from None
+        yield
+
+
+@contextmanager
+def writing(target: Path, *, schema: str, config: str, keep: Path | None = None) -> Iterator["Folder"]:
+    """Make the folder `target`: yield a `Folder` to fill, then write its manifest and rename it into place.
+
+    `schema` names the layout of the files (e.g. "latents/1"), `config` is the digest of the config that made them. With
+    `keep`, a folder in which files from an interrupted run may lie, writing goes on there. What stood at
+    `target` stays until the new folder is complete.
+    """
+    target = target.absolute()
+    partial = keep or target.with_name(f".{target.name}.partial")
+    with locked(target.with_name(f".{target.name}.lock.partial")):
+        if keep is None and partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        folder = Folder(partial)
+        yield folder
+        describe(partial, schema=schema, config=config, about=folder.about)
+        put_in_place(partial, target)
+
+
+class Folder:
+    """A folder being written: `path` to put files in, `about` for facts that the manifest will state."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.about: dict[str, Any] = {}
+
+
+def describe(folder: Path, *, schema: str, config: str, about: dict[str, Any]) -> None:
+    """Write `folder`'s manifest over the files that lie in it now."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
+    write_json(folder / MANIFEST, {"schema": schema, "config": config, "about": about, "files": files})
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename `partial` to `target`; what stood there goes only after."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = target.with_name(f".{target.name}.old.partial")
+    if old.exists():
+        shutil.rmtree(old)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_manifest(folder: Path, *, schema: str) -> dict[str, Any]:
+    """The manifest's dictionary; DamagedError if it is missing or of another schema."""
+    if not (folder / MANIFEST).is_file():
+        raise DamagedError(
+            f"{folder}: no {MANIFEST}, so this is not a finished output; run its stage again or `dvc pull`"
+        )
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    if manifest.get("schema") != schema:
+        raise DamagedError(f"{folder}: schema is {manifest.get('schema')!r}, expected {schema!r}; run its stage again")
+    return manifest
+
+
+def verify(folder: Path, *, schema: str, only: str | None = None) -> dict[str, Any]:
+    """Check sizes and digests of all files (or of `only`) against the manifest, and return it."""
+    manifest = read_manifest(folder, schema=schema)
+    if only is not None and only not in manifest["files"]:
+        raise DamagedError(f"{folder}: no file {only}; it has {', '.join(manifest['files']) or 'none'}")
+    for name, stated in manifest["files"].items():
+        if only in (None, name):
+            check_file(folder / name, stated["sha256"])
+    return manifest
+
+
+def check_file(path: Path, sha256: str) -> None:
+    """DamagedError unless `path` has this digest."""
+    if not path.is_file():
+        raise DamagedError(f"{path}: missing; run its stage again or `dvc checkout --force`")
+    found = sha256_file(path)
+    if found != sha256:
+        raise DamagedError(
+            f"{path}: sha256 is {found[:12]}..., its manifest says {sha256[:12]}...: the file was changed or damaged; "
+            "restore it with `dvc checkout --force`, or run its stage again"
+        )

@@ -1,0 +1,72 @@
+"""Weights on disk: safetensors for tensors, JSON for the rest, every file under a digest.
+
+A *checkpoint* holds averaged weights for use; a *resume state* holds what training needs to go on as if it had not
+stopped.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dod_models import artifact
+from dod_models.model import DoD, ModelConfig
+
+SCHEMA = "checkpoint/1"
+STATE_SCHEMA = "state/1"
+STATES_KEPT = 2
+
+
+def weights_file(decay: float) -> str:
+    """File name of the weights averaged with `decay`."""
+    return f"ema-{decay}.safetensors"
+
+
+def save_checkpoint(
+    folder: Path, averages: dict[float, dict[str, Tensor]], config: ModelConfig, *, about: dict[str, Any]
+) -> None:
+    """Write one file of weights per EMA decay into `folder`."""
+    with artifact.writing(folder, schema=SCHEMA, config=config.digest) as output:
+        for decay, weights in averages.items():
+            save_file(
+                {name: w.detach().cpu().contiguous() for name, w in weights.items()}, output.path / weights_file(decay)
+            )
+        output.about = {**about, "model": config.model_dump(mode="json"), "decays": sorted(averages)}
+
+
+def load_checkpoint(folder: Path, *, decay: float) -> tuple[DoD, dict[str, Any]]:
+    """The model with the weights averaged at `decay`, digest checked, and the checkpoint's manifest."""
+    manifest = artifact.read_manifest(folder, schema=SCHEMA)
+    name = weights_file(decay)
+    if name not in manifest["files"]:
+        raise ValueError(f"{folder}: no weights averaged with decay {decay}; it has {manifest['about']['decays']}")
+    artifact.verify(folder, schema=SCHEMA, only=name)
+    config = ModelConfig.parse(manifest["about"]["model"], place=str(folder / artifact.MANIFEST))
+    model = DoD(config)
+    model.load_state_dict(load_file(folder / name))
+    return model.eval().requires_grad_(False), manifest
+
+
+def save_state(root: Path, step: int, tensors: dict[str, Tensor], *, config: str, about: dict[str, Any]) -> None:
+    """Write the resume state of `step` below `root`; older ones go only after it was read back and verified."""
+    folder = root / f"step-{step:09d}"
+    with artifact.writing(folder, schema=STATE_SCHEMA, config=config) as output:
+        save_file(tensors, output.path / "state.safetensors")
+        output.about = {**about, "step": step}
+    artifact.verify(folder, schema=STATE_SCHEMA)
+    for old in sorted(root.glob("step-*"))[:-STATES_KEPT]:
+        shutil.rmtree(old)
+
+
+def load_state(root: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and facts of the newest sound state below `root`, or None. A damaged one is named and passed over."""
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        try:
+            manifest = artifact.verify(folder, schema=STATE_SCHEMA)
+            return load_file(folder / "state.safetensors"), manifest["about"]
+        except (artifact.DamagedError, SafetensorError, OSError) as error:
+            print(f"resume state passed over: {error}")
+    return None

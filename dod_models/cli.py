@@ -1,0 +1,85 @@
+"""`python -m dod_models.cli STAGE --config JSON --INPUT PATH ... --out PATH`: every computation of the project.
+
+A stage reads its inputs' folders, and writes one output folder (or JSON file) atomically; `--facts` names a JSON file
+for the numbers that it returns. Torch is imported by the stage, not by `--help`.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dod_models import artifact
+from dod_models.config import Frozen
+
+
+class Stage(NamedTuple):
+    """Where a stage lives: its module, config class and function, and the names of its input paths."""
+
+    module: str
+    config: str
+    function: str
+    inputs: tuple[str, ...]
+
+    def load(self) -> tuple[type[Frozen], Any]:
+        """The config class and the function."""
+        module = importlib.import_module(f"dod_models.{self.module}")
+        return getattr(module, self.config), getattr(module, self.function)
+
+
+STAGES = {
+    "dataset": Stage("images", "DatasetConfig", "build_dataset", ()),
+    "reference": Stage("reference", "ReferenceConfig", "build_reference", ("dataset",)),
+    "codec": Stage("fit_codec", "CodecConfig", "build_codec", ("dataset", "reference")),
+    "latents": Stage("encode", "EncodeConfig", "build_latents", ("dataset", "codec")),
+    "train": Stage("train", "TrainConfig", "fit", ("latents", "state")),
+    "stage1": Stage("sample", "SampleConfig", "build_first_stage", ("checkpoint", "codec")),
+    "stage2": Stage("sample", "SampleConfig", "build_next_stage", ("checkpoint", "previous", "codec")),
+    "metrics": Stage("score", "ScoreConfig", "build_metrics", ("reference", "codec", "stage1", "stage2")),
+    "sweeps": Stage("score", "SweepConfig", "build_sweeps", ("checkpoint", "reference", "codec", "stage1")),
+    "generate": Stage("generate", "GenerateConfig", "generate", ("checkpoint", "codec")),
+}
+
+# What a user or a machine can cause; anything else is a bug of ours and shows its traceback.
+EXPECTED_ERRORS = (ValueError, OSError, ArithmeticError)
+
+
+def parser() -> argparse.ArgumentParser:
+    """One sub-command per stage."""
+    top = argparse.ArgumentParser(prog="python -m dod_models.cli", description=__doc__)
+    commands = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, stage in STAGES.items():
+        command = commands.add_parser(name, help=f"dod_models.{stage.module}.{stage.function}")
+        command.add_argument("--config", required=True, help="JSON text or file")
+        command.add_argument("--out", required=True, type=Path)
+        command.add_argument("--facts", type=Path, help="JSON file for the numbers of the run")
+        for path in stage.inputs:
+            command.add_argument(f"--{path}", required=True, type=Path)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one stage; an expected error is one message on stderr and exit status 1."""
+    given = parser().parse_args(arguments)
+    stage = STAGES[given.stage]
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that spin wait for a preempted one: 10x slower beside a busy core
+    try:
+        config_class, function = stage.load()
+        config = config_class.load(given.config)
+        facts = function(config, **{name: getattr(given, name) for name in stage.inputs}, out=given.out)
+        if given.facts is not None:
+            artifact.write_json(given.facts, facts)
+    except EXPECTED_ERRORS as error:
+        print(f"{given.stage}: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+    print(f"{given.stage}: {json.dumps(facts)}" if given.facts else f"{given.stage}: wrote {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Parameters and GFLOPs of a DoD, in the paper's convention and in true FLOPs.
+
+Both are counted by running the model on the meta device, where no numbers are computed. The paper's Table 4 counts 1
+for a multiply-add of a Linear layer and 4 (5 with affine weights) for each element of a LayerNorm, and leaves
+attention's matrix products out. True FLOPs are torch's own count: 2 for a multiply-add, attention included.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dod_models.model import PRESETS, DoD, ModelConfig, count_parameters
+
+
+def paper_gflops(model: DoD, call: Callable[[], Tensor]) -> float:
+    """GFLOPs of `call` in the convention of Table 4."""
+    count = 0
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal count
+        if isinstance(module, nn.Linear):
+            count += output.numel() * module.in_features
+        elif isinstance(module, nn.LayerNorm):
+            count += inputs[0].numel() * (5 if module.elementwise_affine else 4)
+
+    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, nn.Linear | nn.LayerNorm)]
+    call()
+    for hook in hooks:
+        hook.remove()
+    return count / 1e9
+
+
+def true_gflops(model: DoD, call: Callable[[], Tensor]) -> float:
+    """GFLOPs of `call` as torch counts them."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """Parameters, and GFLOPs of one sample: a step of stage 1, an unguided step of stage 2, and the LEM once per stage.
+
+    `lem` leaves the sample embedder out, which the paper counts with the backbone: it is part of `stage2`.
+    """
+    with torch.device("meta"):
+        model = DoD(config)
+        x, t, label = torch.empty(1, *config.latent_shape), torch.empty(1), torch.empty(1, dtype=torch.long)
+        tokens = torch.empty(1, (config.latent_size // config.patch) ** 2, config.lem.width)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "stage1": lambda: model.velocity(x, t, label),
+        "stage2": lambda: model.velocity(x, t, label, model.sample_embed(tokens)),
+        "lem": lambda: model.lem(x),
+    }
+    with torch.no_grad():
+        return {
+            "params": count_parameters(model),
+            "gflops": {
+                "paper": {name: paper_gflops(model, call) for name, call in calls.items()},
+                "true": {name: true_gflops(model, call) for name, call in calls.items()},
+            },
+        }
+
+
+def table() -> list[dict[str, Any]]:
+    """`describe` for every preset."""
+    return [{"name": name, **describe(ModelConfig.model_validate({"preset": name}))} for name in PRESETS]

@@ -1,0 +1,19 @@
+"""Exponential moving averages of a model's weights."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """One averaged copy: w <- decay * w + (1 - decay) * model, after every step."""
+
+    def __init__(self, model: nn.Module, *, decay: float, warm_up: bool) -> None:
+        """With `warm_up` the decay of step i (from 0) is min(decay, (1 + i) / (10 + i)), for short trainings."""
+        self.decay, self.warm_up = decay, warm_up
+        self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards the model's weights after step `step` (counted from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
+        torch._foreach_lerp_(list(self.weights.values()), [p.detach() for p in model.parameters()], 1 - decay)

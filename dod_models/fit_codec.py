@@ -1,0 +1,119 @@
+"""Stage `codec`: train a small autoencoder on the data set, or take Stable Diffusion's; score its reconstructions."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+from tqdm import trange
+
+from dod_models import artifact, draws
+from dod_models.codec import SCHEMA, Codec, load_pinned, to_signal
+from dod_models.config import Frozen
+from dod_models.evaluate import psnr, score
+from dod_models.features import SCHEMA as REFERENCE_SCHEMA
+from dod_models.features import Extractor, FeatureSet
+from dod_models.images import ImageFolder
+
+RECONSTRUCTIONS = "reconstructions.safetensors"
+
+
+class CodecConfig(Frozen):
+    """Which autoencoder, and how the small one is trained."""
+
+    source: Literal["train", "stable-diffusion"] = "train"
+    path: str | None = None  # for "stable-diffusion": folder with the VAE; None looks into the Hugging Face cache
+    image_size: PositiveInt = 32  # pixels
+    channels: PositiveInt = 1  # of an image
+    latent_channels: PositiveInt = 4
+    widths: tuple[PositiveInt, ...] = (16, 32, 32)  # one level each; all but the first halve the side
+    groups: PositiveInt = 8  # of the group norms
+    steps: PositiveInt = 300
+    batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 2e-3  # peak of the one-cycle schedule
+    kl_weight: float = Field(4e-6, ge=0)  # per latent number
+    seed: int = Field(0, ge=0)
+
+
+def small_vae(config: CodecConfig) -> Any:
+    """diffusers' AutoencoderKL at the config's size."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    levels = len(config.widths)
+    return AutoencoderKL(
+        in_channels=config.channels,
+        out_channels=config.channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.widths,
+        layers_per_block=1,
+        norm_num_groups=config.groups,
+        latent_channels=config.latent_channels,
+        sample_size=config.image_size,
+        mid_block_add_attention=False,
+    )
+
+
+def train_vae(config: CodecConfig, pixels: np.ndarray) -> Any:
+    """L1 + 0.5 MSE + KL on uint8 images (N, H, W, C)."""
+    signal = to_signal(pixels)
+    with draws.seeded(config.seed, "codec"):
+        vae = small_vae(config)
+        optimizer = torch.optim.AdamW(vae.parameters(), config.learning_rate)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps)
+        bar = trange(config.steps, desc="train codec", unit="step")
+        for step in bar:
+            rows = draws.generator(config.seed, "codec batch", step).integers(len(signal), size=config.batch_size)
+            images = signal[torch.from_numpy(rows)]
+            posterior = vae.encode(images).latent_dist
+            error = vae.decode(posterior.sample()).sample - images
+            loss = error.abs().mean() + 0.5 * error.square().mean() + config.kl_weight * posterior.kl().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+                if not loss.isfinite():
+                    raise FloatingPointError(
+                        f"codec: the loss is {loss.item()} at step {step}; lower codec.learning_rate"
+                    )
+    return vae
+
+
+def measure_scale(vae: Any, pixels: np.ndarray) -> float:
+    """1 / standard deviation of unscaled latents drawn from the posteriors of (at most 2,000) training images."""
+    unscaled = Codec(vae, scale=1.0)
+    parts = [unscaled.encode(part) for part in np.array_split(pixels[:2000], 20) if len(part)]
+    mean, std = (torch.cat(side) for side in zip(*parts, strict=True))
+    second_moment = (mean - mean.mean()).square().mean() + std.square().mean()
+    return float(second_moment.rsqrt())
+
+
+def reconstruct(codec: Codec, pixels: np.ndarray) -> np.ndarray:
+    """Encode to the posterior's mean, and decode."""
+    parts: list[Tensor] = [codec.encode(part)[0] for part in np.array_split(pixels, -(-len(pixels) // 100))]
+    return codec.decode_all(torch.cat(parts))
+
+
+def build_codec(config: CodecConfig, *, dataset: Path, reference: Path, out: Path) -> dict[str, Any]:
+    """Make the codec; return PSNR and the scores of its reconstructions of the held-out images."""
+    with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
+        shape = {"size": config.image_size, "channels": config.channels}
+        if config.source == "train":
+            pixels = ImageFolder(dataset, "train").read_all(**shape)
+            vae = train_vae(config, pixels)
+            codec = Codec(vae, scale=measure_scale(vae, pixels))
+        else:
+            codec = load_pinned(config.path)
+        codec.vae.save_pretrained(folder.path / "vae", safe_serialization=True)
+        originals = ImageFolder(dataset, "val").read_all(**shape)
+        rebuilt = reconstruct(codec, originals)
+        found = Extractor.load(reference)(np.array_split(rebuilt, -(-len(rebuilt) // 250)))
+        found.save(folder.path / RECONSTRUCTIONS)
+        folder.about = {"scale": codec.scale, "factor": codec.factor, "image_size": config.image_size}
+    real = FeatureSet.load(reference, "train.safetensors", schema=REFERENCE_SCHEMA)
+    return {"psnr": psnr(rebuilt, originals), "scale": codec.scale, **score(found, real)}

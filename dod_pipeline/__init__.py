@@ -1,0 +1,1 @@
+"""Orchestration of `dod_models`: DVC versions, `dod` resolves configs and paths, nothing here computes."""

@@ -1,0 +1,213 @@
+"""The `dod` command. Imports come late, so that `--help` answers at once."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dod_pipeline.config import Params
+
+
+def parser() -> argparse.ArgumentParser:
+    """All sub-commands; each sets `action`, the function that carries it out."""
+    top = argparse.ArgumentParser(
+        prog="dod", description="Diffusion on Diffusion: data, training, sampling, evaluation."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="make everything that an experiment needs, and print its results")
+    run.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
+    run.add_argument(
+        "--until", default="metrics", metavar="STAGE", help="last stage (default: metrics; sweeps is further)"
+    )
+    run.set_defaults(action=do_run)
+
+    stage = commands.add_parser(
+        "stage", help="compute one stage instance now, whatever DVC knows (dvc.yaml calls this)"
+    )
+    stage.add_argument("stage", metavar="STAGE")
+    stage.add_argument("key", metavar="KEY")
+    stage.set_defaults(action=do_stage)
+
+    status = commands.add_parser("status", help="which stages are up to date")
+    status.set_defaults(action=do_status)
+
+    models = commands.add_parser("models", help="parameters and GFLOPs of the presets")
+    models.add_argument("--json", action="store_true")
+    models.set_defaults(action=do_models)
+
+    history = commands.add_parser("history", help="every evaluation that was made")
+    for name in ("experiment", "checkpoint", "stage", "metric"):
+        history.add_argument(f"--{name}")
+    history.add_argument("--format", choices=("table", "json", "csv"), default="table")
+    history.set_defaults(action=do_history)
+
+    generate = commands.add_parser("generate", help="a picture of chosen classes through all stages")
+    generate.add_argument("checkpoint", metavar="CHECKPOINT")
+    generate.add_argument(
+        "--class", dest="classes", type=int, action="append", required=True, metavar="N", help="may be repeated"
+    )
+    generate.add_argument("--stages", type=int, default=2, metavar="N")
+    generate.add_argument("--per-class", type=int, default=4, metavar="N")
+    generate.add_argument("--seed", type=int, default=0, metavar="N")
+    generate.add_argument("--out", type=Path, default=Path("grid.png"), metavar="FILE.png")
+    generate.set_defaults(action=do_generate)
+
+    accept = commands.add_parser(
+        "accept", help="record that changed code left a stage's outputs right (dvc commit --force)"
+    )
+    accept.add_argument("targets", nargs="+", metavar="STAGE@KEY")
+    accept.set_defaults(action=do_accept)
+    return top
+
+
+def do_run(given: argparse.Namespace) -> int:
+    """`dvc repro` of the experiments' stages in order; then their tables and pictures."""
+    from dod_pipeline import dvc_repo, stages
+    from dod_pipeline.config import load_params
+
+    params = load_params()
+    jobs = list(dict.fromkeys(j for name in given.experiments for j in stages.instances(params, name, given.until)))
+    targets = [dvc_repo.address(stage, key) for stage, key in jobs]
+    with dvc_repo.alone():
+        if dvc_repo.status(targets):
+            for stage, key in jobs:  # an error in a late stage's settings shows before hours of training, not after
+                stages.resolve(params, stage, key)
+            dvc_repo.repro(targets)
+        else:
+            print(f"Nothing to do: all {len(targets)} stages of {', '.join(given.experiments)} are up to date.")
+    show_results(params, jobs)
+    return 0
+
+
+def show_results(params: "Params", jobs: list[tuple[str, str]]) -> None:
+    """Print tables, and the path of the picture in which stage 2 stands under stage 1, of finished checkpoints."""
+    from dod_models import artifact
+    from dod_pipeline import stages, tables
+
+    shown = {"metrics": tables.results, "sweeps": tables.sweep}
+    for stage, key in jobs:
+        _, out, _ = stages.paths(params, stage, key)
+        if stage in shown:
+            shown[stage](key, artifact.read_json(out))
+        if stage == "stage2":
+            print(f"stage 2 under stage 1, same samples: {out / 'grid.png'}")
+
+
+def do_stage(given: argparse.Namespace) -> int:
+    """Compute a stage; an evaluation is added to the history."""
+    from dod_models import artifact
+    from dod_pipeline import history, launch, stages
+    from dod_pipeline.config import load_params
+
+    params = load_params()
+    job = stages.resolve(params, given.stage, given.key)
+    code = launch.run(job)
+    if code == 0 and given.stage == "metrics":
+        for record in history.records(params, job):
+            history.append(record)
+    if code == 0 and given.stage == "train":
+        artifact.write_json(Path("curves", f"{given.key}.json"), stages.training_curve(job))  # for `dvc plots`
+    return code
+
+
+def do_status(given: argparse.Namespace) -> int:
+    """Print each stage instance of params.yaml, and what changed."""
+    from dod_pipeline import dvc_repo, stages, tables
+    from dod_pipeline.config import load_params
+
+    params = load_params()
+    changed = dvc_repo.status([])
+    rows = []
+    for stage, key in [(s, k) for s in stages.ORDER for k in stages.keys_of(params, s)]:
+        reasons = changed.get(dvc_repo.address(stage, key), [])
+        rows.append([f"{stage}@{key}", "; ".join(explain(reason) for reason in reasons) or "up to date"])
+    tables.show("stages", ["stage", "state"], rows)
+    return 0
+
+
+def explain(reason: object) -> str:
+    """One of DVC's reasons as text: `changed outs: train/mnist deleted`."""
+    if not isinstance(reason, dict):
+        return str(reason)
+    return "; ".join(f"{kind}: {', '.join(f'{n} {w}' for n, w in what.items())}" for kind, what in reason.items())
+
+
+def do_models(given: argparse.Namespace) -> int:
+    """Print the presets' costs."""
+    from dod_models import cost
+    from dod_pipeline import tables
+
+    found = cost.table()
+    if given.json:
+        print(json.dumps(found))
+    else:
+        tables.models(found)
+    return 0
+
+
+def do_history(given: argparse.Namespace) -> int:
+    """Print the records that match."""
+    from dod_pipeline import history, tables
+
+    filters = {name: getattr(given, name) for name in ("experiment", "checkpoint", "stage", "metric")}
+    found = history.query(**filters)
+    if given.format == "json":
+        print(json.dumps(found, indent=1))
+    elif given.format == "csv":
+        print(tables.history_csv(found), end="")
+    elif found:
+        tables.history(found)
+    else:
+        print("no such record; `dod run EXPERIMENT` makes some")
+    return 0
+
+
+def do_generate(given: argparse.Namespace) -> int:
+    """Sample the classes with the checkpoint's own settings, and write the picture."""
+    from dod_models import cli as computations
+    from dod_pipeline import stages
+    from dod_pipeline.config import load_params
+
+    params = load_params()
+    stages.check_key(params, "stage1", given.checkpoint)
+    inputs, _, _ = stages.paths(params, "stage1", given.checkpoint)
+    count = len(given.classes) * given.per_class
+    settings = {
+        name: stages.settings(params, name, given.checkpoint) | {"seed": given.seed, "batch_size": count}
+        for name in ("stage1", "stage2")
+    }
+    shape = {"classes": given.classes, "num_stages": given.stages, "per_class": given.per_class}
+    config = json.dumps({**shape, **settings})
+    paths = [part for name, path in inputs.items() for part in (f"--{name}", str(path))]
+    return computations.main(["generate", "--config", config, "--out", str(given.out), *paths])
+
+
+def do_accept(given: argparse.Namespace) -> int:
+    """Record the present code, settings and outputs as belonging together."""
+    from dod_pipeline import dvc_repo
+
+    print(f"recording without running: {', '.join(given.targets)}. Do this only where the change alters no result.")
+    with dvc_repo.alone():
+        dvc_repo.accept(given.targets)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; what a user can cause is one message on stderr and exit status 1."""
+    given = parser().parse_args(arguments)
+    try:
+        status: int = given.action(given)
+    except (ValueError, OSError, ArithmeticError) as error:
+        print(f"dod: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dod: stopped; run it again to go on", file=sys.stderr)
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

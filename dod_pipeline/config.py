@@ -1,0 +1,114 @@
+"""params.yaml: data sets, experiments, checkpoints and sweeps, loaded and checked as a whole.
+
+The settings of the stages themselves are typed by the config classes of `dod_models`, which need torch; they are
+checked by `stages.resolve`, so that commands which only list things stay fast.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import Field, PositiveInt, StringConstraints, model_validator
+
+from dod_models.config import Frozen
+
+# Keys become names of stages, files and DVC targets, and reach a shell through dvc.yaml.
+Key = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")]
+Settings = dict[str, Any]
+
+PARAMS_FILE = Path("params.yaml")
+
+
+class DataSet(Frozen):
+    """Settings of the stages that are keyed by data set."""
+
+    dataset: Settings
+    reference: Settings
+    codec: Settings
+    latents: Settings
+
+
+class Experiment(Frozen):
+    """Settings of training, and of sampling: those of every stage, then what stage 1 and the later ones change."""
+
+    data: Key
+    train: Settings
+    sampling: Settings
+    stage1: Settings
+    stage2: Settings
+
+
+class Checkpoint(Frozen):
+    """A saved step of an experiment that is evaluated."""
+
+    experiment: Key
+    data: Key  # of the experiment: dvc.yaml can't look it up
+    step: PositiveInt
+
+
+class Sweep(Checkpoint):
+    """Variants of the checkpoint's sampling to be scored."""
+
+    rows: list[Settings]
+
+
+class Params(Frozen):
+    """The whole of params.yaml."""
+
+    datasets: dict[Key, DataSet]
+    experiments: dict[Key, Experiment]
+    checkpoints: dict[Key, Checkpoint]
+    evaluation: Settings
+    sweeps: dict[Key, Sweep] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def check_references(self) -> Self:
+        """Every name that is referred to exists, and repeated facts agree."""
+        for name, experiment in self.experiments.items():
+            if experiment.data not in self.datasets:
+                raise ValueError(
+                    f"experiments.{name}.data: {experiment.data!r} is not one of datasets: {list(self.datasets)}"
+                )
+        for place, mapping in (("checkpoints", self.checkpoints), ("sweeps", self.sweeps)):
+            for name, item in mapping.items():
+                self.check_checkpoint(f"{place}.{name}", item)
+        for name, sweep in self.sweeps.items():
+            base = self.checkpoints.get(name)
+            if base is None or (base.experiment, base.step) != (sweep.experiment, sweep.step):
+                raise ValueError(
+                    f"sweeps.{name}: experiment and step are not those of checkpoints.{name}; correct one of them"
+                )
+        return self
+
+    def check_checkpoint(self, place: str, item: Checkpoint) -> None:
+        """ValueError unless the checkpoint is one that its experiment saves."""
+        experiment = self.experiments.get(item.experiment)
+        if experiment is None:
+            raise ValueError(
+                f"{place}.experiment: {item.experiment!r} is not one of experiments: {list(self.experiments)}"
+            )
+        if item.data != experiment.data:
+            raise ValueError(
+                f"{place}.data: is {item.data!r}, its experiment's data is {experiment.data!r}; make them equal"
+            )
+        every, last = experiment.train.get("save_every"), experiment.train.get("steps")
+        if isinstance(every, int) and isinstance(last, int) and every > 0 and (item.step % every or item.step > last):
+            raise ValueError(
+                f"{place}.step: {item.step} is never saved: {item.experiment} saves every {every} steps up to {last}"
+            )
+
+    def checkpoints_of(self, experiment: str) -> dict[str, Checkpoint]:
+        """The evaluated checkpoints of an experiment, by step."""
+        found = {name: c for name, c in self.checkpoints.items() if c.experiment == experiment}
+        return dict(sorted(found.items(), key=lambda item: item[1].step))
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and check params.yaml; a ValueError names file, key, value and remedy."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.absolute()}: not found; run dod in the folder that holds params.yaml") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    return Params.parse(values, place=str(path))

@@ -1,0 +1,31 @@
+"""Where a stage's computation runs: this process, or several of them under `accelerate launch`."""
+
+import os
+import subprocess
+import sys
+
+from dod_models import cli
+from dod_pipeline.stages import Job
+
+PROCESSES = "DOD_PROCESSES"  # environment: how many processes train, e.g. one for each GPU
+
+
+def run(job: Job) -> int:
+    """Run the job on this machine; returns its exit status."""
+    processes = os.environ.get(PROCESSES, "1")
+    if not processes.isdecimal() or int(processes) < 1:
+        raise ValueError(f"{PROCESSES}={processes!r}: must be a number of processes, 1 or more")
+    if job.stage != "train" or int(processes) == 1:
+        return cli.main(job.arguments())
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher += ["--dynamo_backend", "no", "--num_processes", processes]
+    return subprocess.run(
+        [*launcher, "--multi_gpu" if has_gpus() else "--cpu", "-m", "dod_models.cli", *job.arguments()]
+    ).returncode
+
+
+def has_gpus() -> bool:
+    """Whether torch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,117 @@
+"""Stage name + key -> typed config, inputs and outputs. dvc.yaml states the same paths, and a test compares the two."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from dod_models.cli import STAGES as COMPUTATIONS
+from dod_models.config import Frozen
+from dod_pipeline.config import Params, Settings
+
+BY_DATASET = ("dataset", "reference", "codec", "latents")
+BY_EXPERIMENT = ("train",)
+BY_CHECKPOINT = ("stage1", "stage2", "metrics", "sweeps")
+ORDER = BY_DATASET + BY_EXPERIMENT + BY_CHECKPOINT
+
+
+class Job(NamedTuple):
+    """One stage instance, ready to be run."""
+
+    stage: str
+    key: str
+    config: Frozen
+    inputs: dict[str, Path]
+    out: Path
+    facts: Path | None  # None: the output is the numbers
+
+    def arguments(self) -> list[str]:
+        """The command line of dod_models.cli."""
+        paths = [part for name, path in self.inputs.items() for part in (f"--{name}", str(path))]
+        facts = [] if self.facts is None else ["--facts", str(self.facts)]
+        return [self.stage, "--config", self.config.model_dump_json(), "--out", str(self.out), *paths, *facts]
+
+
+def check_key(params: Params, stage: str, key: str) -> None:
+    """ValueError that lists what there is."""
+    if stage not in ORDER:
+        raise ValueError(f"stage {stage!r} is unknown; choose one of {', '.join(ORDER)}")
+    known = list(keys_of(params, stage))
+    if key not in known:
+        raise ValueError(f"{stage}: key {key!r} is not in params.yaml; it has {', '.join(known) or 'none'}")
+
+
+def keys_of(params: Params, stage: str) -> list[str]:
+    """The keys for which the stage exists."""
+    if stage in BY_DATASET:
+        return list(params.datasets)
+    if stage in BY_EXPERIMENT:
+        return list(params.experiments)
+    return list(params.sweeps if stage == "sweeps" else params.checkpoints)
+
+
+def settings(params: Params, stage: str, key: str) -> Settings:
+    """The part of params.yaml that configures a stage."""
+    if stage in BY_DATASET:
+        found: Settings = getattr(params.datasets[key], stage)
+        return found
+    if stage in BY_EXPERIMENT:
+        return params.experiments[key].train
+    if stage == "metrics":
+        return params.evaluation
+    experiment = params.experiments[params.checkpoints[key].experiment]
+    stages: dict[str, Settings] = {"stage1": experiment.stage1, "stage2": experiment.stage2}
+    sampling = {name: experiment.sampling | changes for name, changes in stages.items()}
+    if stage == "sweeps":
+        return {**sampling, **params.evaluation, "rows": params.sweeps[key].rows}
+    return sampling[stage]
+
+
+def paths(params: Params, stage: str, key: str) -> tuple[dict[str, Path], Path, Path | None]:
+    """Inputs, output, and the file for the numbers."""
+    facts = Path("facts", stage, f"{key}.json")
+    if stage in BY_DATASET:
+        inputs = {name: Path(name, key) for name in COMPUTATIONS[stage].inputs}
+        return inputs, Path(stage, key), facts
+    if stage in BY_EXPERIMENT:
+        latents = Path("latents", params.experiments[key].data)
+        return {"latents": latents, "state": Path(".state", stage, key)}, Path(stage, key), facts
+    item = params.checkpoints[key]
+    samples = Path("samples", item.experiment, key)
+    known = {
+        "checkpoint": Path("train", item.experiment, f"step-{item.step}"),
+        "codec": Path("codec", item.data),
+        "reference": Path("reference", item.data),
+        "stage1": samples / "stage1",
+        "stage2": samples / "stage2",
+        "previous": samples / "stage1",
+    }
+    inputs = {name: known[name] for name in COMPUTATIONS[stage].inputs}
+    if stage in ("metrics", "sweeps"):
+        return inputs, Path(stage, item.experiment, f"{key}.json"), None
+    return inputs, samples / stage, Path("facts", stage, f"{key}.json")
+
+
+def resolve(params: Params, stage: str, key: str) -> Job:
+    """The job of a stage instance, its settings checked by their config class (this imports torch)."""
+    check_key(params, stage, key)
+    config_class, _ = COMPUTATIONS[stage].load()
+    place = f"params.yaml: {stage} of {key}"
+    return Job(stage, key, config_class.parse(settings(params, stage, key), place=place), *paths(params, stage, key))
+
+
+def training_curve(job: Job) -> list[dict[str, float]]:
+    """The rows of a finished training's curve."""
+    return [json.loads(line) for line in (job.out / "curve.jsonl").read_text().splitlines()]
+
+
+def instances(params: Params, experiment: str, until: str) -> list[tuple[str, str]]:
+    """The stages of an experiment up to `until`, in order, as (stage, key)."""
+    if experiment not in params.experiments:
+        raise ValueError(f"experiment {experiment!r} is not in params.yaml; it has {', '.join(params.experiments)}")
+    if until not in ORDER:
+        raise ValueError(f"--until {until!r} is unknown; choose one of {', '.join(ORDER)}")
+    data, checkpoints = params.experiments[experiment].data, list(params.checkpoints_of(experiment))
+    keys = {stage: [data] for stage in BY_DATASET} | {stage: [experiment] for stage in BY_EXPERIMENT}
+    keys |= {stage: checkpoints for stage in BY_CHECKPOINT} | {"sweeps": [c for c in checkpoints if c in params.sweeps]}
+    wanted = ORDER[: ORDER.index(until) + 1]
+    return [(stage, key) for stage in wanted for key in keys[stage]]

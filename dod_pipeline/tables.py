@@ -1,0 +1,82 @@
+"""What the commands print: tables of models, records and results."""
+
+import csv
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+METRICS = {"fid": "FID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
+NAMES = {"floor": "floor: held-out real images", "codec": "floor: the codec's reconstructions"}
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; its width follows its content where output is not a terminal."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(Console(width=1000).measure(table).maximum, len(title)))
+    console.print(table)
+
+
+def models(found: list[dict[str, Any]]) -> None:
+    """Parameters and GFLOPs of the presets."""
+    columns = ["model", "backbone M", "LEM M", "total M"]
+    columns += [f"{name}, {convention}" for convention in ("paper", "true") for name in ("stage 1", "stage 2", "LEM")]
+    rows = []
+    for model in found:
+        millions = [f"{model['params'][part] / 1e6:.2f}" for part in ("backbone", "lem", "total")]
+        counts = [model["gflops"][c][part] for c in ("paper", "true") for part in ("stage1", "stage2", "lem")]
+        rows.append([model["name"], *millions, *(f"{count:.4g}" for count in counts)])
+    show("Parameters, and GFLOPs of a step for one sample (LEM: once per stage)", columns, rows)
+
+
+def results(key: str, scores: dict[str, dict[str, float]]) -> None:
+    """A checkpoint's stages and floors."""
+    rows = []
+    for name, row in sorted(scores.items(), key=lambda item: not item[0].startswith("stage")):
+        title = NAMES.get(name, name.replace("stage", "stage "))
+        rows.append([title, *(f"{row[metric]:.3f}" for metric in METRICS), str(row["num_samples"])])
+    show(f"checkpoint {key}", ["", *METRICS.values(), "samples"], rows)
+
+
+def sweep(key: str, table: dict[str, dict[str, float]]) -> None:
+    """A checkpoint's sweep."""
+    rows = [
+        [n, f"{r['evaluations']:g}", *(f"{r[m]:.3f}" for m in METRICS), str(r["num_samples"])] for n, r in table.items()
+    ]
+    show(f"sweep of {key}", ["", "evaluations", *METRICS.values(), "samples"], rows)
+
+
+def history(records: list[dict[str, Any]]) -> None:
+    """Records, one a line."""
+    columns = ["time", "checkpoint", "stage", "metrics", "samples", "seed", "guidance", "sampler"]
+    rows = []
+    for record in records:
+        metrics = " ".join(f"{name}={value:.3f}" for name, value in record["metrics"].items())
+        rest = [record["num_samples"], record["seed"], record["guidance"], record["sampler"]]
+        shown = ["-" if value is None else str(value) for value in rest]
+        rows.append(
+            [record["time"][:19].replace("T", " "), record["checkpoint"], str(record["stage"]), metrics, *shown]
+        )
+    show("history", columns, rows)
+
+
+def history_csv(records: list[dict[str, Any]]) -> str:
+    """Records as CSV, a column for each field, each metric and each part of the extractor."""
+    flat = []
+    for record in records:
+        row = {name: value for name, value in record.items() if name not in ("metrics", "extractor")}
+        row |= {f"extractor_{name}": value for name, value in record["extractor"].items()}
+        flat.append(row | record["metrics"])
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
