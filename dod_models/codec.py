@@ -16,6 +16,7 @@ from dod_models import artifact
 from dod_models.flow import Latent
 
 SCHEMA = "codec/1"
+RECONSTRUCTIONS = "reconstructions.safetensors"  # features of the held-out images after the codec
 
 # The VAE of the paper's baselines; its config carries the scale 0.18215.
 PINNED_VAE = "stabilityai/sd-vae-ft-ema"

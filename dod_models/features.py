@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dod_models import artifact
+from dod_models import artifact, draws
 
 SCHEMA = "reference/1"
 EXTRACTOR_FILE = "extractor.safetensors"
@@ -35,9 +35,10 @@ class FeatureSet(NamedTuple):
         tensors = load_file(folder / name)
         return cls(tensors["features"], tensors["logits"])
 
-    def first(self, count: int) -> "FeatureSet":
-        """The first `count` images."""
-        return FeatureSet(self.features[:count], self.logits[:count])
+    def mixed(self, count: int | None = None) -> "FeatureSet":
+        """`count` images (all by default) in a fixed random order: the inception score fails on class-sorted sets."""
+        order = draws.permutation(0, 0, len(self.features))[:count]
+        return FeatureSet(self.features[order], self.logits[order])
 
 
 class SmallNet(nn.Module):

@@ -10,14 +10,12 @@ from torch import Tensor
 from tqdm import trange
 
 from dod_models import artifact, draws
-from dod_models.codec import SCHEMA, Codec, load_pinned, to_signal
+from dod_models.codec import RECONSTRUCTIONS, SCHEMA, Codec, load_pinned, to_signal
 from dod_models.config import Frozen
 from dod_models.evaluate import psnr, score
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
 from dod_models.features import Extractor, FeatureSet
 from dod_models.images import ImageFolder
-
-RECONSTRUCTIONS = "reconstructions.safetensors"
 
 
 class CodecConfig(Frozen):
@@ -116,4 +114,4 @@ def build_codec(config: CodecConfig, *, dataset: Path, reference: Path, out: Pat
         found.save(folder.path / RECONSTRUCTIONS)
         folder.about = {"scale": codec.scale, "factor": codec.factor, "image_size": config.image_size}
     real = FeatureSet.load(reference, "train.safetensors", schema=REFERENCE_SCHEMA)
-    return {"psnr": psnr(rebuilt, originals), "scale": codec.scale, **score(found, real)}
+    return {"psnr": psnr(rebuilt, originals), "scale": codec.scale, **score(found.mixed(), real)}

@@ -5,10 +5,10 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from dod_models import artifact, draws
+from dod_models import artifact
 from dod_models.checkpoint import load_checkpoint
+from dod_models.codec import RECONSTRUCTIONS, Codec
 from dod_models.codec import SCHEMA as CODEC_SCHEMA
-from dod_models.codec import Codec
 from dod_models.config import Frozen
 from dod_models.evaluate import score
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
@@ -44,26 +44,21 @@ class SweepConfig(Frozen):
     rows: tuple[SweepRow, ...]
 
 
-def extract(extractor: Extractor, codec: Codec, latents: Latent) -> FeatureSet:
-    """Decode and extract in blocks: images are never all in memory."""
-    return extractor(codec.decode(part) for part in latents.split(DECODE_BATCH))
-
-
-def take(found: FeatureSet, count: int, name: str) -> FeatureSet:
-    """The first `count` of a generated set; ValueError if there are fewer."""
-    if len(found.features) < count:
+def decoded(extractor: Extractor, codec: Codec, latents: Latent, count: int, *, name: str) -> FeatureSet:
+    """Features of the first `count` samples, decoded in blocks; ValueError if there are fewer."""
+    if len(latents) < count:
         raise ValueError(
-            f"{name}: {len(found.features)} samples, evaluation.num_samples is {count}; sample more, or ask for fewer"
+            f"{name}: {len(latents)} samples, evaluation.num_samples is {count}; sample more, or ask for fewer"
         )
-    return found.first(count)
+    return extractor(codec.decode(part) for part in latents[:count].split(DECODE_BATCH))
 
 
 def floors(reference: Path, codec: Path, count: int) -> dict[str, FeatureSet]:
-    """Held-out real images and their reconstructions, at most `count` of each, mixed over the classes."""
-    floor = FeatureSet.load(reference, "val.safetensors", schema=REFERENCE_SCHEMA)
-    rebuilt = FeatureSet.load(codec, "reconstructions.safetensors", schema=CODEC_SCHEMA)
-    order = draws.permutation(0, 0, len(floor.features))[:count]
-    return {name: FeatureSet(s.features[order], s.logits[order]) for name, s in (("floor", floor), ("codec", rebuilt))}
+    """Held-out real images and their reconstructions, at most `count` of each."""
+    return {
+        "floor": FeatureSet.load(reference, "val.safetensors", schema=REFERENCE_SCHEMA).mixed(count),
+        "codec": FeatureSet.load(codec, RECONSTRUCTIONS, schema=CODEC_SCHEMA).mixed(count),
+    }
 
 
 def build_metrics(
@@ -75,8 +70,8 @@ def build_metrics(
     sets = floors(reference, codec, config.num_samples)
     rows = {}
     for name, folder in (("stage1", stage1), ("stage2", stage2)):
-        latents = Samples.load(folder).latents[: config.num_samples]
-        sets[name] = take(extract(extractor, decoder, latents), config.num_samples, str(folder))
+        latents = Samples.load(folder).latents
+        sets[name] = decoded(extractor, decoder, latents, config.num_samples, name=str(folder))
     for name, found in sets.items():
         rows[name] = {**score(found, real), "num_samples": len(found.features)}
     for name, folder in (("stage1", stage1), ("stage2", stage2)):
@@ -102,7 +97,7 @@ def build_sweeps(
         variant = SampleConfig.parse({**base.model_dump(), **given}, place="sweeps")
         previous = None if row.stage == 1 else before.latents
         latents, evaluations = sample_stage(model, variant, stage=row.stage, labels=before.labels, previous=previous)
-        found = take(extract(extractor, decoder, latents), config.num_samples, f"stage {row.stage}")
+        found = decoded(extractor, decoder, latents, config.num_samples, name="sweeps")
         name = f"stage{row.stage} guidance={variant.guidance:g} steps={variant.num_steps} null={variant.null_branch}"
         total = evaluations + (spent if row.stage > 1 else 0)
         table[name] = {**score(found, real), "num_samples": len(found.features), "evaluations": total, **given}
