@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 from dod_models import artifact
 from dod_models.config import Frozen
 
+# OpenMP's threads spin while they wait for each other; where one core is busy with something else, that made training
+# ten times slower. Read when torch is loaded, so it is set before any stage is.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 class Stage(NamedTuple):
     """Where a stage lives: its module, config class and function, and the names of its input paths."""
@@ -65,9 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one stage; an expected error is one message on stderr and exit status 1."""
     given = parser().parse_args(arguments)
     stage = STAGES[given.stage]
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads that spin wait for a preempted one: 10x slower beside a busy core
     try:
         config_class, function = stage.load()
         config = config_class.load(given.config)

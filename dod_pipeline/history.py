@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from dod_models import artifact
 from dod_models.config import Frozen
@@ -17,8 +17,10 @@ from dod_pipeline.stages import Job
 HISTORY = Path("history")
 
 
-class Named(Frozen):
-    """A name, and the sha256 of what it names."""
+class Named(BaseModel):
+    """A name, and the sha256 of what it names (not a `Frozen`, whose own `digest` the field would shadow)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     digest: str
