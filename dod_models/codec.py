@@ -22,6 +22,11 @@ RECONSTRUCTIONS = "reconstructions.safetensors"  # features of the held-out imag
 PINNED_VAE = "stabilityai/sd-vae-ft-ema"
 
 
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def to_pixels(decoded: Float[Tensor, "B C H W"]) -> UInt8[np.ndarray, "B H W C"]:
     """[-1, 1] -> uint8 as ADM has it: clamp(127.5 x + 128, 0, 255)."""
     pixels = (127.5 * decoded.float() + 128).clamp(0, 255).to(torch.uint8)
@@ -62,7 +67,7 @@ class Codec:
 
         manifest = artifact.verify(folder, schema=SCHEMA)
         vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True)
-        return cls(vae, scale=manifest["about"]["scale"])
+        return cls(vae.to(device()), scale=manifest["about"]["scale"])
 
     @torch.inference_mode()
     def encode(self, pixels: UInt8[np.ndarray, "B H W C"]) -> tuple[Latent, Latent]:

@@ -85,7 +85,7 @@ class Extractor:
         return cls(net, manifest["files"][EXTRACTOR_FILE]["sha256"])
 
     @torch.inference_mode()
-    def __call__(self, batches: Iterable[UInt8[np.ndarray, "B H W C"]]) -> FeatureSet:
+    def __call__(self, batches: Iterable[UInt8[np.ndarray, "_ H W C"]]) -> FeatureSet:
         """Features and logits of all images of all batches, in order."""
         features, logits = [], []
         for pixels in batches:

@@ -8,9 +8,9 @@ from pydantic import Field, PositiveInt
 
 from dod_models import picture
 from dod_models.checkpoint import load_checkpoint
-from dod_models.codec import Codec
+from dod_models.codec import Codec, device
 from dod_models.config import Frozen
-from dod_models.sample import SampleConfig, device, sample_stage
+from dod_models.sample import SampleConfig, sample_stage
 
 
 class GenerateConfig(Frozen):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dod_models import artifact, draws, picture
 from dod_models.blocks import Tokens
 from dod_models.checkpoint import load_checkpoint
-from dod_models.codec import Codec
+from dod_models.codec import Codec, device
 from dod_models.config import Frozen
 from dod_models.flow import Latent, Velocity
 from dod_models.model import DoD, Labels
@@ -139,59 +139,46 @@ def sample_stage(
     return latents, evaluations / len(labels)
 
 
-def device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def build_first_stage(config: SampleConfig, *, checkpoint: Path, codec: Path, out: Path) -> dict[str, Any]:
     """Stage `stage1`: from noise and a class label alone."""
-    model, _ = load_checkpoint(checkpoint, decay=config.ema_decay)
-    labels = draws.labels_for(config.seed, range(config.num_samples), model.config.num_classes)
-    return build_stage(model, config, None, labels, checkpoint=checkpoint, codec=codec, out=out)
+    return build_stage(config, None, checkpoint=checkpoint, codec=codec, out=out)
 
 
 def build_next_stage(
     config: SampleConfig, *, checkpoint: Path, previous: Path, codec: Path, out: Path
 ) -> dict[str, Any]:
     """Stage `stage2` (and any after): from fresh noise, the label, and the visual prior of `previous`."""
-    before = Samples.load(previous)
-    if len(before.labels) != config.num_samples:
-        raise ValueError(
-            f"{previous} holds {len(before.labels)} samples, num_samples is {config.num_samples}; sample it again"
-        )
-    model, _ = load_checkpoint(checkpoint, decay=config.ema_decay)
-    return build_stage(model, config, previous, before.labels, checkpoint=checkpoint, codec=codec, out=out)
+    return build_stage(config, previous, checkpoint=checkpoint, codec=codec, out=out)
 
 
 def build_stage(
-    model: DoD,
-    config: SampleConfig,
-    previous: Path | None,
-    labels: Labels,
-    *,
-    checkpoint: Path,
-    codec: Path,
-    out: Path,
+    config: SampleConfig, previous: Path | None, *, checkpoint: Path, codec: Path, out: Path
 ) -> dict[str, Any]:
-    """Sample, and write latents and a grid; the grid shows the stage before above this one."""
-    stage, rows = 1, []
+    """Sample, and write latents and a grid, in which the stage before stands above this one.
+
+    `evaluations` in the manifest are of the network, per sample, those of the earlier stages included.
+    """
+    model, _ = load_checkpoint(checkpoint, decay=config.ema_decay)
+    stage, spent, before = 1, 0.0, None
+    labels = draws.labels_for(config.seed, range(config.num_samples), model.config.num_classes)
     if previous is not None:
         about = artifact.read_manifest(previous, schema=SCHEMA)["about"]
-        stage, rows = about["stage"] + 1, [(f"stage {about['stage']}", Samples.load(previous).latents)]
+        stage, spent, (before, labels) = about["stage"] + 1, about["evaluations"], Samples.load(previous)
+    if len(labels) != config.num_samples:
+        raise ValueError(f"{previous} holds {len(labels)} samples, num_samples is {config.num_samples}; make it again")
     with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
-        before = rows[0][1] if rows else None
         latents, evaluations = sample_stage(model.to(device()), config, stage=stage, labels=labels, previous=before)
         save_file({"latents": latents, "labels": labels}, folder.path / SAMPLES_FILE)
-        draw_grid(folder.path / "grid.png", [*rows, (f"stage {stage}", latents)], labels, Codec.load(codec))
+        shown = [] if before is None else [(f"stage {stage - 1}", before)]
+        draw_grid(folder.path / "grid.png", [*shown, (f"stage {stage}", latents)], labels, Codec.load(codec))
+        facts = {"stage": stage, "evaluations": spent + evaluations}
         folder.about = {
-            "stage": stage,
+            **facts,
             "sampling": config.model_dump(mode="json"),
-            "evaluations": evaluations,
             "weights": artifact.sha256_file(checkpoint / artifact.MANIFEST),
             "previous": previous and artifact.sha256_file(previous / artifact.MANIFEST),
         }
-    return {"stage": stage, "num_samples": len(labels), "evaluations": evaluations}
+    return {**facts, "num_samples": len(labels)}
 
 
 def draw_grid(

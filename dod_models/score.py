@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 
 from dod_models import artifact
 from dod_models.checkpoint import load_checkpoint
-from dod_models.codec import RECONSTRUCTIONS, Codec
+from dod_models.codec import RECONSTRUCTIONS, Codec, device
 from dod_models.codec import SCHEMA as CODEC_SCHEMA
 from dod_models.config import Frozen
 from dod_models.evaluate import score
@@ -15,7 +15,7 @@ from dod_models.features import SCHEMA as REFERENCE_SCHEMA
 from dod_models.features import Extractor, FeatureSet
 from dod_models.flow import Latent
 from dod_models.sample import SCHEMA as SAMPLES_SCHEMA
-from dod_models.sample import SampleConfig, Samples, device, sample_stage
+from dod_models.sample import SampleConfig, Samples, sample_stage
 
 DECODE_BATCH = 100  # latents through the decoder at a time
 

@@ -88,12 +88,17 @@ def show_results(params: "Params", jobs: list[tuple[str, str]]) -> None:
     from dod_pipeline import stages, tables
 
     shown = {"metrics": tables.results, "sweeps": tables.sweep}
+    compared: dict[str, dict[str, dict[str, float]]] = {}
     for stage, key in jobs:
         _, out, _ = stages.paths(params, stage, key)
         if stage in shown:
-            shown[stage](key, artifact.read_json(out))
+            scores = artifact.read_json(out)
+            shown[stage](key, scores)
+            compared.setdefault(key, {}).update(scores)
         if stage == "stage2":
             print(f"stage 2 under stage 1, same samples: {out / 'grid.png'}")
+    if len(compared) > 1:
+        tables.side_by_side(compared)
 
 
 def do_stage(given: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ class Record(Frozen):
     seed: NonNegativeInt | None
     guidance: NonNegativeFloat | None
     sampler: str | None
-    evaluations: float | None  # of the network, per sample and in this stage
+    evaluations: float | None  # of the network, per sample, earlier stages included
     extractor: Named
     reference: str  # sha256 of the reference's manifest
     config: str  # sha256 of the stage's config

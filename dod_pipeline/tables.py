@@ -53,6 +53,19 @@ def sweep(key: str, table: dict[str, dict[str, float]]) -> None:
     show(f"sweep of {key}", ["", "evaluations", *METRICS.values(), "samples"], rows)
 
 
+def side_by_side(found: dict[str, dict[str, dict[str, float]]]) -> None:
+    """FID of every row that all checkpoints have, a column for each one and their mean."""
+    names = [name for name in next(iter(found.values())) if all(name in table for table in found.values())]
+    rows = []
+    for name in names:
+        values = [table[name]["fid"] for table in found.values()]
+        evaluations = next(iter(found.values()))[name].get("evaluations")
+        spent = "-" if evaluations is None else f"{evaluations:g}"
+        shown = [f"{value:.3f}" for value in [*values, sum(values) / len(values)]]
+        rows.append([NAMES.get(name, name), spent, *shown])
+    show("FID, side by side", ["", "evaluations", *found, "mean"], rows)
+
+
 def history(records: list[dict[str, Any]]) -> None:
     """Records, one a line."""
     columns = ["time", "checkpoint", "stage", "metrics", "samples", "seed", "guidance", "sampler"]
