@@ -53,15 +53,18 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; BlockingIOError if another process has it. The lock dies with us."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+def locked(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder; BlockingIOError if another process has it. The lock dies with its holder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(f"{path}: another process is writing this output; wait for it or stop it") from None
+            raise BlockingIOError(f"{folder}: another process is writing here; wait for it or stop it") from None
         yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -74,10 +77,9 @@ def writing(target: Path, *, schema: str, config: str, keep: Path | None = None)
     """
     target = target.absolute()
     partial = keep or target.with_name(f".{target.name}.partial")
-    with locked(target.with_name(f".{target.name}.lock.partial")):
-        if keep is None and partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        if keep is None:
+            clear(partial)
         folder = Folder(partial)
         yield folder
         describe(partial, schema=schema, config=config, about=folder.about)
@@ -92,9 +94,18 @@ class Folder:
         self.about: dict[str, Any] = {}
 
 
+def clear(folder: Path) -> None:
+    """Remove what lies in a folder, but not the folder, on which a lock may be held."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def describe(folder: Path, *, schema: str, config: str, about: dict[str, Any]) -> None:
     """Write `folder`'s manifest over the files that lie in it now."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    names = sorted({p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST})
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
     write_json(folder / MANIFEST, {"schema": schema, "config": config, "about": about, "files": files})
 

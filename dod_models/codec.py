@@ -16,6 +16,7 @@ from dod_models import artifact
 from dod_models.flow import Latent
 
 SCHEMA = "codec/1"
+Pixels = UInt8[np.ndarray, "B height width channels"]  # C, H and W are the latent's
 RECONSTRUCTIONS = "reconstructions.safetensors"  # features of the held-out images after the codec
 
 # The VAE of the paper's baselines; its config carries the scale 0.18215.
@@ -70,17 +71,17 @@ class Codec:
         return cls(vae.to(device()), scale=manifest["about"]["scale"])
 
     @torch.inference_mode()
-    def encode(self, pixels: UInt8[np.ndarray, "B H W C"]) -> tuple[Latent, Latent]:
+    def encode(self, pixels: Pixels) -> tuple[Latent, Latent]:
         """Mean and standard deviation of the scaled latents' posterior."""
         posterior = self.vae.encode(to_signal(pixels).to(self.vae.device)).latent_dist
         return posterior.mean * self.scale, posterior.std * self.scale
 
     @torch.inference_mode()
-    def decode(self, z: Latent) -> UInt8[np.ndarray, "B H W C"]:
+    def decode(self, z: Latent) -> Pixels:
         """Scaled latents -> uint8 pixels."""
         return to_pixels(self.vae.decode(z.to(self.vae.device) / self.scale).sample)
 
-    def decode_all(self, z: Latent, *, batch: int = 100) -> UInt8[np.ndarray, "N H W C"]:
+    def decode_all(self, z: Latent, *, batch: int = 100) -> Pixels:
         """`decode` in batches, so that memory stays bounded."""
         return np.concatenate([self.decode(part) for part in z.split(batch)])
 

@@ -25,6 +25,7 @@ from dod_models.flow import flow_loss, logit_normal, point_on_path
 from dod_models.model import DoD, ModelConfig
 
 SCHEMA = "train/1"
+Curve = list[dict[str, int | float]]  # rows of step, samples seen, mean loss since the row before
 
 
 class TrainConfig(Frozen):
@@ -168,7 +169,7 @@ def fit(config: TrainConfig, *, latents: Path, out: Path, state: Path) -> dict[s
     return curve[-1]
 
 
-def go_on(training: TrainState, work: Path, resume: Path) -> list[dict[str, float]]:
+def go_on(training: TrainState, work: Path, resume: Path) -> Curve:
     """Restore the newest resume state whose checkpoints are all there, if any; returns the rows of the curve so far."""
     found = load_state(resume)
     if found is None:
@@ -182,14 +183,14 @@ def go_on(training: TrainState, work: Path, resume: Path) -> list[dict[str, floa
             return []
     training.restore(found[0], step)
     print(f"train: going on from step {step}")
-    curve: list[dict[str, float]] = found[1]["curve"]
+    curve: Curve = found[1]["curve"]
     return curve
 
 
 def run(
     training: TrainState,
     shards: LatentShards,
-    curve: list[dict[str, float]],
+    curve: Curve,
     *,
     work: Path,
     resume: Path,
@@ -222,7 +223,7 @@ def run(
 
 
 def save(
-    training: TrainState, curve: list[dict[str, float]], *, work: Path, resume: Path, about: dict[str, Any]
+    training: TrainState, curve: Curve, *, work: Path, resume: Path, about: dict[str, Any]
 ) -> None:
     """Write the checkpoint and the resume state that are due at this step, in this order."""
     config, step = training.config, training.step
