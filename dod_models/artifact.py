@@ -68,18 +68,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(target: Path, *, schema: str, config: str, keep: Path | None = None) -> Iterator["Folder"]:
+def writing(target: Path, *, schema: str, config: str) -> Iterator["Folder"]:
     """Make the folder `target`: yield a `Folder` to fill, then write its manifest and rename it into place.
 
-    `schema` names the layout of the files (e.g. "latents/1"), `config` is the digest of the config that made them. With
-    `keep`, a folder in which files from an interrupted run may lie, writing goes on there. What stood at
-    `target` stays until the new folder is complete.
+    `schema` names the layout of the files (e.g. "latents/1"), `config` is the digest of the config that made them. What
+    stood at `target` stays until the new folder is complete.
     """
     target = target.absolute()
-    partial = keep or target.with_name(f".{target.name}.partial")
+    partial = target.with_name(f".{target.name}.partial")
     with locked(partial):
-        if keep is None:
-            clear(partial)
+        clear(partial)
         folder = Folder(partial)
         yield folder
         describe(partial, schema=schema, config=config, about=folder.about)
@@ -103,11 +101,36 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
+def clear_partial(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in folder.rglob(".*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def describe(folder: Path, *, schema: str, config: str, about: dict[str, Any]) -> None:
     """Write `folder`'s manifest over the files that lie in it now."""
+    clear_partial(folder)
     names = sorted({p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST})
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
     write_json(folder / MANIFEST, {"schema": schema, "config": config, "about": about, "files": files})
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Make `target` a copy of a finished folder, of hard links, in one rename."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder, partial, copy_function=os.link)
+    put_in_place(partial, target)
+
+
+def forget_finished(state: Path, *, but: str | None = None) -> None:
+    """Remove the work under `state` that was published, except the one keyed `but`: `state/KEY/out` has a manifest."""
+    for manifest in state.glob(f"*/out/{MANIFEST}"):
+        if manifest.parent.parent.name != but:
+            shutil.rmtree(manifest.parent.parent)
 
 
 def put_in_place(partial: Path, target: Path) -> None:

@@ -40,8 +40,8 @@ STAGES = {
     "codec": Stage("fit_codec", "CodecConfig", "build_codec", ("dataset", "reference")),
     "latents": Stage("encode", "EncodeConfig", "build_latents", ("dataset", "codec")),
     "train": Stage("train", "TrainConfig", "fit", ("latents", "state")),
-    "stage1": Stage("sample", "SampleConfig", "build_first_stage", ("checkpoint", "codec")),
-    "stage2": Stage("sample", "SampleConfig", "build_next_stage", ("checkpoint", "previous", "codec")),
+    "stage1": Stage("sample", "SampleConfig", "build_stage", ("checkpoint", "codec")),
+    "stage2": Stage("sample", "SampleConfig", "build_stage", ("checkpoint", "previous", "codec")),
     "metrics": Stage("score", "ScoreConfig", "build_metrics", ("reference", "codec", "stage1", "stage2")),
     "sweeps": Stage("score", "SweepConfig", "build_sweeps", ("checkpoint", "reference", "codec", "stage1")),
     "generate": Stage("generate", "GenerateConfig", "generate", ("checkpoint", "codec")),
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         config_class, function = stage.load()
         config = config_class.load(given.config)
         facts = function(config, **{name: getattr(given, name) for name in stage.inputs}, out=given.out)
-        if given.facts is not None:
+        if given.facts is not None and os.environ.get("RANK", "0") == "0":  # one of several processes writes
             artifact.write_json(given.facts, facts)
     except EXPECTED_ERRORS as error:
         print(f"{given.stage}: {error or type(error).__name__}", file=sys.stderr)

@@ -4,39 +4,30 @@ One class serves Stable Diffusion's VAE and the small one trained on a small dat
 latents are scaled so that their standard deviation is about 1.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor
+from jaxtyping import UInt8
 
 from dod_models import artifact
 from dod_models.flow import Latent
+from dod_models.pixels import to_pixels, to_signal
 
 SCHEMA = "codec/1"
 Pixels = UInt8[np.ndarray, "B height width channels"]  # C, H and W are the latent's
+BATCH = 100  # images at a time
 RECONSTRUCTIONS = "reconstructions.safetensors"  # features of the held-out images after the codec
 
 # The VAE of the paper's baselines; its config carries the scale 0.18215.
-PINNED_VAE = "stabilityai/sd-vae-ft-ema"
+STABLE_DIFFUSION = "stabilityai/sd-vae-ft-ema"
 
 
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def to_pixels(decoded: Float[Tensor, "B C H W"]) -> UInt8[np.ndarray, "B H W C"]:
-    """[-1, 1] -> uint8 as ADM has it: clamp(127.5 x + 128, 0, 255)."""
-    pixels = (127.5 * decoded.float() + 128).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def to_signal(pixels: UInt8[np.ndarray, "B H W C"]) -> Float[Tensor, "B C H W"]:
-    """uint8 -> [-1, 1] as x / 127.5 - 1."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Codec:
@@ -81,20 +72,20 @@ class Codec:
         """Scaled latents -> uint8 pixels."""
         return to_pixels(self.vae.decode(z.to(self.vae.device) / self.scale).sample)
 
-    def decode_all(self, z: Latent, *, batch: int = 100) -> Pixels:
-        """`decode` in batches, so that memory stays bounded."""
-        return np.concatenate([self.decode(part) for part in z.split(batch)])
+    def decode_all(self, z: Latent) -> Iterator[UInt8[np.ndarray, "_ H W C"]]:
+        """`decode` block by block, so that memory stays bounded."""
+        return (self.decode(part) for part in z.split(BATCH))
 
 
-def load_pinned(path: str | None) -> Codec:
+def load_stable_diffusion(path: str | None) -> Codec:
     """Stable Diffusion's VAE from the folder `path`, or from the Hugging Face cache; never from the network."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(path or PINNED_VAE, local_files_only=True, use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(path or STABLE_DIFFUSION, local_files_only=True, use_safetensors=True)
     except OSError as error:
         raise FileNotFoundError(
             f"codec.path: {path or 'not set'}: no VAE there ({str(error).splitlines()[0]}); with network access run "
-            f"`huggingface-cli download {PINNED_VAE}`, and set codec.path in params.yaml to the folder it prints"
+            f"`hf download {STABLE_DIFFUSION}`, and set codec.path in params.yaml to the folder it prints"
         ) from None
-    return Codec(vae, scale=float(vae.config.scaling_factor))
+    return Codec(vae.to(device()), scale=float(vae.config.scaling_factor))

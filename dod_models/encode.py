@@ -20,7 +20,6 @@ class EncodeConfig(Frozen):
 
     mirror: bool = True  # store the mirror image too; digits have none
     shard_size: PositiveInt = 4096  # images in a shard
-    batch_size: PositiveInt = 100  # images through the encoder at a time
 
 
 def encode_batch(codec: Codec, pixels: np.ndarray, *, mirror: bool) -> np.ndarray:
@@ -45,11 +44,9 @@ def build_latents(config: EncodeConfig, *, dataset: Path, codec: Path, out: Path
         for shard, start in enumerate(range(0, len(images), config.shard_size)):
             stop = min(start + config.shard_size, len(images))
             batches = []
-            for first in range(start, stop, config.batch_size):
-                rows = range(first, min(first + config.batch_size, stop))
-                pixels = np.stack([images.read(i, size=size, channels=loaded.channels) for i in rows])
+            for pixels in images.blocks(size=size, channels=loaded.channels, start=start, stop=stop):
                 batches.append(encode_batch(loaded, pixels, mirror=config.mirror))
-                bar.update(len(rows))
+                bar.update(len(pixels))
             moments = np.concatenate(batches)
             np.save(folder.path / shard_name(shard), moments)
             means = moments[:, :, 0].astype(np.float64)

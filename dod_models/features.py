@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dod_models import artifact, draws
+from dod_models.pixels import to_signal
 
 SCHEMA = "reference/1"
 EXTRACTOR_FILE = "extractor.safetensors"
@@ -89,7 +90,7 @@ class Extractor:
         """Features and logits of all images of all batches, in order."""
         features, logits = [], []
         for pixels in batches:
-            signal = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+            signal = to_signal(pixels)
             features.append(self.net.features(signal))
             logits.append(self.net.classify(features[-1]))
         return FeatureSet(torch.cat(features), torch.cat(logits))

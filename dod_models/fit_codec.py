@@ -1,21 +1,22 @@
 """Stage `codec`: train a small autoencoder on the data set, or take Stable Diffusion's; score its reconstructions."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
 from tqdm import trange
 
 from dod_models import artifact, draws
-from dod_models.codec import RECONSTRUCTIONS, SCHEMA, Codec, load_pinned, to_signal
+from dod_models.codec import BATCH, RECONSTRUCTIONS, SCHEMA, Codec, load_stable_diffusion
 from dod_models.config import Frozen
 from dod_models.evaluate import psnr, score
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
 from dod_models.features import Extractor, FeatureSet
 from dod_models.images import ImageFolder
+from dod_models.pixels import to_signal
 
 
 class CodecConfig(Frozen):
@@ -83,35 +84,35 @@ def train_vae(config: CodecConfig, pixels: np.ndarray) -> Any:
 
 
 def measure_scale(vae: Any, pixels: np.ndarray) -> float:
-    """1 / standard deviation of unscaled latents drawn from the posteriors of (at most 2,000) training images."""
+    """1 / standard deviation of unscaled latents drawn from the posteriors of the training images."""
     unscaled = Codec(vae, scale=1.0)
-    parts = [unscaled.encode(part) for part in np.array_split(pixels[:2000], 20) if len(part)]
+    parts = [unscaled.encode(part) for part in np.array_split(pixels, -(-len(pixels) // BATCH))]
     mean, std = (torch.cat(side) for side in zip(*parts, strict=True))
     second_moment = (mean - mean.mean()).square().mean() + std.square().mean()
     return float(second_moment.rsqrt())
 
 
-def reconstruct(codec: Codec, pixels: np.ndarray) -> np.ndarray:
-    """Encode to the posterior's mean, and decode."""
-    parts: list[Tensor] = [codec.encode(part)[0] for part in np.array_split(pixels, -(-len(pixels) // 100))]
-    return codec.decode_all(torch.cat(parts))
-
-
 def build_codec(config: CodecConfig, *, dataset: Path, reference: Path, out: Path) -> dict[str, Any]:
-    """Make the codec; return PSNR and the scores of its reconstructions of the held-out images."""
+    """Make the codec; return PSNR and the scores of its reconstructions (posterior means) of the held-out images."""
     with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
         shape = {"size": config.image_size, "channels": config.channels}
         if config.source == "train":
-            pixels = ImageFolder(dataset, "train").read_all(**shape)
+            pixels = np.concatenate(list(ImageFolder(dataset, "train").blocks(**shape)))
             vae = train_vae(config, pixels)
             codec = Codec(vae, scale=measure_scale(vae, pixels))
         else:
-            codec = load_pinned(config.path)
+            codec = load_stable_diffusion(config.path)
         codec.vae.save_pretrained(folder.path / "vae", safe_serialization=True)
-        originals = ImageFolder(dataset, "val").read_all(**shape)
-        rebuilt = reconstruct(codec, originals)
-        found = Extractor.load(reference)(np.array_split(rebuilt, -(-len(rebuilt) // 250)))
+        quality: list[float] = []
+
+        def reconstructions() -> Iterator[np.ndarray]:
+            for originals in ImageFolder(dataset, "val").blocks(**shape):
+                rebuilt = codec.decode(codec.encode(originals)[0])
+                quality.extend(psnr(rebuilt, originals))
+                yield rebuilt
+
+        found = Extractor.load(reference)(reconstructions())
         found.save(folder.path / RECONSTRUCTIONS)
         folder.about = {"scale": codec.scale, "factor": codec.factor, "image_size": config.image_size}
     real = FeatureSet.load(reference, "train.safetensors", schema=REFERENCE_SCHEMA)
-    return {"psnr": psnr(rebuilt, originals), "scale": codec.scale, **score(found.mixed(), real)}
+    return {"psnr": float(np.mean(quality)), "scale": codec.scale, **score(found.mixed(), real)}

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 
@@ -36,7 +37,7 @@ def generate(config: GenerateConfig, *, checkpoint: Path, codec: Path, out: Path
     for stage in range(1, config.num_stages + 1):
         settings = config.stage1 if stage == 1 else config.stage2
         latents, _ = sample_stage(model, settings, stage=stage, labels=labels, previous=latents)
-        images = decoder.decode_all(latents)
+        images = np.concatenate(list(decoder.decode_all(latents)))
         grid = [list(images[i * columns : (i + 1) * columns]) for i in range(config.per_class)]
         rows.append([(f"stage {stage}", images_of_row) for images_of_row in grid])
     interleaved = [row for sample_rows in zip(*rows, strict=True) for row in sample_rows]

@@ -6,6 +6,7 @@ Layout: `ROOT/SPLIT/CLASS/NAME.EXT` with splits `train` and `val`. Classes are n
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ from dod_models.config import Frozen
 
 SCHEMA = "dataset/1"
 SPLITS = ("train", "val")
+BLOCK = 100  # images in memory at a time
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
@@ -61,12 +63,12 @@ def write_mnist(root: Path, *, num_train: int, seed: int) -> None:
 
 def inspect(root: Path, path: Path, label: int) -> Entry | str:
     """Read one image completely: its entry, or the reason why it can't be used."""
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             size = image.size
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         return f"{type(error).__name__}: {error}".replace(str(root), "").split(" <_io")[0]
     return Entry(path.relative_to(root).as_posix(), label, *size, hashlib.sha256(data).hexdigest())
 
@@ -171,15 +173,17 @@ class ImageFolder:
         entry = self.entries[index]
         data = (self.root / entry.path).read_bytes()
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ValueError(f"{self.root / entry.path}: changed since it was indexed; run the stage `dataset` again")
+            raise ValueError(f"{self.root / entry.path}: changed since it was indexed; `dvc repro --force dataset@KEY`")
         with Image.open(io.BytesIO(data)) as image:
             return center_crop(image.convert("L" if channels == 1 else "RGB"), size)
 
-    def read_all(self, *, size: int, channels: int, limit: int | None = None) -> np.ndarray:
-        """The first `limit` images (all by default) as uint8 (N, size, size, channels)."""
+    def blocks(self, *, size: int, channels: int, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Images `start` to `stop` (all by default) as uint8 (n, size, size, channels), n = BLOCK but for the last."""
+        wanted = range(len(self))[start:stop]
         with ThreadPoolExecutor() as pool:
-            rows = pool.map(lambda i: self.read(i, size=size, channels=channels), range(len(self))[:limit])
-            return np.stack(list(rows))
+            for first in range(0, len(wanted), BLOCK):
+                rows = wanted[first : first + BLOCK]
+                yield np.stack(list(pool.map(lambda i: self.read(i, size=size, channels=channels), rows)))
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

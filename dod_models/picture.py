@@ -1,5 +1,6 @@
 """Labelled grids of images."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,4 +36,6 @@ def save_grid(
             if image is not None:
                 shown = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
                 canvas.paste(shown.resize((cell, cell), Image.Resampling.NEAREST), (MARGIN + index * (cell + GAP), top))
-    canvas.save(path)
+    partial = path.with_name(f".{path.name}.partial")
+    canvas.save(partial, format="PNG")
+    os.replace(partial, path)

@@ -18,8 +18,7 @@ from dod_models import artifact, draws
 from dod_models.config import Frozen
 from dod_models.features import EXTRACTOR_FILE, SCHEMA, Extractor, SmallNet
 from dod_models.images import ImageFolder
-
-BATCH = 250  # images at a time through the net, in extraction
+from dod_models.pixels import to_signal
 
 
 class ReferenceConfig(Frozen):
@@ -69,15 +68,16 @@ def build_reference(config: ReferenceConfig, *, dataset: Path, out: Path) -> dic
     """Make the extractor and the feature sets `train` and `val` of the real images; return its held-out accuracy."""
     with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
         splits = {split: ImageFolder(dataset, split) for split in ("train", "val")}
-        pixels = {s: f.read_all(size=config.image_size, channels=config.channels) for s, f in splits.items()}
-        signal = torch.from_numpy(pixels["train"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        shape = {"size": config.image_size, "channels": config.channels}
+        pixels = {split: list(images.blocks(**shape)) for split, images in splits.items()}
+        signal = to_signal(np.concatenate(pixels["train"]))
         num_classes = len(splits["train"].classes)
         net = train_net(config, signal, torch.from_numpy(splits["train"].labels), num_classes)
         save_file(net.state_dict(), folder.path / EXTRACTOR_FILE)
         extractor = Extractor(net, artifact.sha256_file(folder.path / EXTRACTOR_FILE))
         accuracy = {}
-        for split, images in pixels.items():
-            found = extractor(np.array_split(images, -(-len(images) // BATCH)))
+        for split, blocks in pixels.items():
+            found = extractor(blocks)
             found.save(folder.path / f"{split}.safetensors")
             hits = found.logits.argmax(dim=1) == torch.from_numpy(splits[split].labels)
             accuracy[split] = hits.double().mean().item()

@@ -139,22 +139,12 @@ def sample_stage(
     return latents, evaluations / len(labels)
 
 
-def build_first_stage(config: SampleConfig, *, checkpoint: Path, codec: Path, out: Path) -> dict[str, Any]:
-    """Stage `stage1`: from noise and a class label alone."""
-    return build_stage(config, None, checkpoint=checkpoint, codec=codec, out=out)
-
-
-def build_next_stage(
-    config: SampleConfig, *, checkpoint: Path, previous: Path, codec: Path, out: Path
-) -> dict[str, Any]:
-    """Stage `stage2` (and any after): from fresh noise, the label, and the visual prior of `previous`."""
-    return build_stage(config, previous, checkpoint=checkpoint, codec=codec, out=out)
-
-
 def build_stage(
-    config: SampleConfig, previous: Path | None, *, checkpoint: Path, codec: Path, out: Path
+    config: SampleConfig, *, checkpoint: Path, codec: Path, out: Path, previous: Path | None = None
 ) -> dict[str, Any]:
-    """Sample, and write latents and a grid, in which the stage before stands above this one.
+    """Stage `stage1`, or with the samples of a stage in `previous` the next one (eq. 5).
+
+    Writes latents and a grid, in which the stage before stands above this one.
 
     `evaluations` in the manifest are of the network, per sample, those of the earlier stages included.
     """

@@ -1,9 +1,9 @@
 """Stages `metrics` and `sweeps`: scores of a checkpoint's samples, beside two floors at the same count."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from dod_models import artifact
 from dod_models.checkpoint import load_checkpoint
@@ -17,8 +17,6 @@ from dod_models.flow import Latent
 from dod_models.sample import SCHEMA as SAMPLES_SCHEMA
 from dod_models.sample import SampleConfig, Samples, sample_stage
 
-DECODE_BATCH = 100  # latents through the decoder at a time
-
 
 class ScoreConfig(Frozen):
     """What is compared with what."""
@@ -29,7 +27,7 @@ class ScoreConfig(Frozen):
 class SweepRow(Frozen):
     """One variant of a stage's sampling; what is not given is as in the experiment."""
 
-    stage: PositiveInt
+    stage: Literal[1, 2]
     guidance: float
     num_steps: PositiveInt | None = None
     null_branch: str | None = None
@@ -43,6 +41,24 @@ class SweepConfig(Frozen):
     stage2: SampleConfig
     rows: tuple[SweepRow, ...]
 
+    @model_validator(mode="after")
+    def check_rows(self) -> "SweepConfig":
+        """Every row must be a valid way to sample, before the first is sampled."""
+        self.variants()
+        return self
+
+    def variants(self) -> dict[str, tuple[int, SampleConfig]]:
+        """Name of each row -> its stage and full settings."""
+        found: dict[str, tuple[int, SampleConfig]] = {}
+        for row in self.rows:
+            base = self.stage1 if row.stage == 1 else self.stage2
+            given = row.model_dump(exclude_none=True, exclude={"stage"})
+            variant = SampleConfig.model_validate(base.model_dump() | given)
+            name = f"stage{row.stage} guidance={variant.guidance:g} {variant.solver}"
+            name += f" steps={variant.num_steps}" if variant.solver == "euler" else ""
+            found[name + (f" null={variant.null_branch}" if variant.guidance != 1 else "")] = (row.stage, variant)
+        return found
+
 
 def decoded(extractor: Extractor, codec: Codec, latents: Latent, count: int, *, name: str) -> FeatureSet:
     """Features of the first `count` samples, decoded in blocks; ValueError if there are fewer."""
@@ -50,7 +66,7 @@ def decoded(extractor: Extractor, codec: Codec, latents: Latent, count: int, *, 
         raise ValueError(
             f"{name}: {len(latents)} samples, evaluation.num_samples is {count}; sample more, or ask for fewer"
         )
-    return extractor(codec.decode(part) for part in latents[:count].split(DECODE_BATCH))
+    return extractor(codec.decode_all(latents[:count]))
 
 
 def floors(reference: Path, codec: Path, count: int) -> dict[str, FeatureSet]:
@@ -91,15 +107,11 @@ def build_sweeps(
     model, _ = load_checkpoint(checkpoint, decay=config.stage1.ema_decay)
     model.to(device())
     table = {}
-    for row in config.rows:
-        given = {k: v for k, v in row.model_dump(exclude_none=True).items() if k != "stage"}
-        base = config.stage1 if row.stage == 1 else config.stage2
-        variant = SampleConfig.parse({**base.model_dump(), **given}, place="sweeps")
-        previous = None if row.stage == 1 else before.latents
-        latents, evaluations = sample_stage(model, variant, stage=row.stage, labels=before.labels, previous=previous)
+    for name, (stage, variant) in config.variants().items():
+        previous = None if stage == 1 else before.latents
+        latents, evaluations = sample_stage(model, variant, stage=stage, labels=before.labels, previous=previous)
         found = decoded(extractor, decoder, latents, config.num_samples, name="sweeps")
-        name = f"stage{row.stage} guidance={variant.guidance:g} steps={variant.num_steps} null={variant.null_branch}"
-        total = evaluations + (spent if row.stage > 1 else 0)
-        table[name] = {**score(found, real), "num_samples": len(found.features), "evaluations": total, **given}
+        total = evaluations + (spent if stage > 1 else 0)
+        table[name] = {**score(found, real), "num_samples": len(found.features), "evaluations": total}
     artifact.write_json(out, table)
     return table

@@ -6,8 +6,9 @@ drops come from `data.TrainingDraws`. The global batch is split over processes i
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from dod_models.flow import flow_loss, logit_normal, point_on_path
 from dod_models.model import DoD, ModelConfig
 
 SCHEMA = "train/1"
+Decay = Annotated[float, Field(gt=0, lt=1)]
 Curve = list[dict[str, int | float]]  # rows of step, samples seen, mean loss since the row before
 
 
@@ -37,7 +39,7 @@ class TrainConfig(Frozen):
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: int = Field(0, ge=0)  # linear, then constant
     clip: PositiveFloat = 1.0  # norm of the gradient; stated nowhere in the paper
-    ema_decays: tuple[float, ...] = (0.999, 0.9999)  # the paper prints 0.999, its peers use 0.9999
+    ema_decays: tuple[Decay, ...] = Field((0.999, 0.9999), min_length=1)  # the paper prints 0.999, its peers use 0.9999
     ema_warmup: bool = False  # for short trainings
     label_drop: float = Field(0.1, ge=0, le=1)
     prior_drop: float = Field(0.5, ge=0, le=1)  # p_s
@@ -148,24 +150,26 @@ def check_shapes(config: TrainConfig, shards: LatentShards, processes: int) -> N
 def fit(config: TrainConfig, *, latents: Path, out: Path, state: Path) -> dict[str, Any]:
     """Train to `config.steps`; `out` gets `step-N/` checkpoints and `curve.jsonl`. Returns the last row of the curve.
 
-    Work in progress lies under `state`, keyed by config and latents: a run that was killed goes on from there, and
-    its results equal those of an undisturbed run to the bit.
+    Work in progress lies under `state`, keyed by config and latents: a run that was killed goes on from there, and its
+    results equal those of an undisturbed run to the bit (on a CPU). Finished work stays there, as hard links, until the
+    next training under `state` begins or `artifact.forget_finished` is called: nobody has recorded `out` yet.
     """
     accelerator = Accelerator(mixed_precision=config.precision)
-    shards = LatentShards(latents)
+    main = accelerator.is_main_process
+    shards = LatentShards(latents, check=main)
     check_shapes(config, shards, accelerator.num_processes)
     key = f"{config.digest[:16]}-{shards.digest[:16]}"
     work, resume = state / key / "out", state / key / "resume"
-    about = {"latents": shards.digest, "steps": config.steps, "seed": config.seed}
+    if main:
+        artifact.forget_finished(state, but=key)
     training = TrainState(config, accelerator)
     curve = go_on(training, work, resume)
-    if not accelerator.is_main_process:
+    about = {"latents": shards.digest, "steps": config.steps, "seed": config.seed}
+    with artifact.locked(work) if main else nullcontext():
         run(training, shards, curve, work=work, resume=resume, about=about)
-        return curve[-1]
-    with artifact.writing(out, schema=SCHEMA, config=config.digest, keep=work) as folder:
-        folder.about = about
-        run(training, shards, curve, work=work, resume=resume, about=about)
-    shutil.rmtree(state)
+        if main:
+            artifact.describe(work, schema=SCHEMA, config=config.digest, about=about)
+            artifact.publish(work, out)
     return curve[-1]
 
 
@@ -180,6 +184,8 @@ def go_on(training: TrainState, work: Path, resume: Path) -> Curve:
             artifact.verify(work / f"step-{saved}", schema=CHECKPOINT_SCHEMA)
         except artifact.DamagedError as error:
             print(f"train: starting again, for the state of step {step} lacks a checkpoint: {error}")
+            if training.accelerator.is_main_process:
+                shutil.rmtree(resume)  # or its states, newer by number, would crowd out those to come
             return []
     training.restore(found[0], step)
     print(f"train: going on from step {step}")
@@ -199,15 +205,19 @@ def run(
     """The dull loop: steps, rows of the curve, checkpoints, resume states."""
     config, accelerator = training.config, training.accelerator
     bar = tqdm(
-        total=config.steps * config.batch_size, initial=training.step * config.batch_size, desc="train", unit="image"
+        total=config.steps * config.batch_size,
+        initial=training.step * config.batch_size,
+        desc="train",
+        unit="image",
+        disable=not accelerator.is_main_process,
     )
     total = torch.zeros((), device=accelerator.device)
     while training.step < config.steps:
         total += train_step(training, shards)
         bar.update(config.batch_size)
-        if training.step % config.log_every and training.step != config.steps:
+        if training.step % config.log_every:
             continue
-        loss = float(accelerator.reduce(total, "mean")) / ((training.step - 1) % config.log_every + 1)
+        loss = float(accelerator.reduce(total, "mean")) / config.log_every
         if not torch.isfinite(torch.tensor(loss)):
             raise FloatingPointError(
                 f"train: the loss is {loss} at step {training.step}; lower train.learning_rate, or delete "
@@ -219,12 +229,10 @@ def run(
         save(training, curve, work=work, resume=resume, about=about)
     bar.close()
     if accelerator.is_main_process:
-        (work / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+        (work / "curve.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in curve))
 
 
-def save(
-    training: TrainState, curve: Curve, *, work: Path, resume: Path, about: dict[str, Any]
-) -> None:
+def save(training: TrainState, curve: Curve, *, work: Path, resume: Path, about: dict[str, Any]) -> None:
     """Write the checkpoint and the resume state that are due at this step, in this order."""
     config, step = training.config, training.step
     if not training.accelerator.is_main_process:
@@ -232,5 +240,5 @@ def save(
     if step % config.save_every == 0:
         averages = {average.decay: average.weights for average in training.averages}
         save_checkpoint(work / f"step-{step}", averages, config.model, about={**about, "step": step})
-    if step % config.state_every == 0:
+    if step % config.state_every == 0 or step == config.steps:
         save_state(resume, step, training.tensors(), config=config.digest, about={"curve": curve})

@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 def do_run(given: argparse.Namespace) -> int:
     """`dvc repro` of the experiments' stages in order; then their tables and pictures."""
+    from dod_models import artifact
     from dod_pipeline import dvc_repo, stages
     from dod_pipeline.config import load_params
 
@@ -76,6 +77,9 @@ def do_run(given: argparse.Namespace) -> int:
             for stage, key in jobs:  # an error in a late stage's settings shows before hours of training, not after
                 stages.resolve(params, stage, key)
             dvc_repo.repro(targets)
+            for stage, key in jobs:
+                if stage == "train":  # what DVC has recorded need not be kept twice
+                    artifact.forget_finished(Path(".state", stage, key))
         else:
             print(f"Nothing to do: all {len(targets)} stages of {', '.join(given.experiments)} are up to date.")
     show_results(params, jobs)
@@ -110,7 +114,7 @@ def do_stage(given: argparse.Namespace) -> int:
     params = load_params()
     job = stages.resolve(params, given.stage, given.key)
     code = launch.run(job)
-    if code == 0 and given.stage == "metrics":
+    if code == 0 and given.stage in ("metrics", "sweeps"):
         for record in history.records(params, job):
             history.append(record)
     if code == 0 and given.stage == "train":
@@ -179,11 +183,11 @@ def do_generate(given: argparse.Namespace) -> int:
     params = load_params()
     stages.check_key(params, "stage1", given.checkpoint)
     inputs, _, _ = stages.paths(params, "stage1", given.checkpoint)
-    count = len(given.classes) * given.per_class
-    settings = {
-        name: stages.settings(params, name, given.checkpoint) | {"seed": given.seed, "batch_size": count}
-        for name in ("stage1", "stage2")
-    }
+    settings = {}
+    for name in ("stage1", "stage2"):
+        job = stages.resolve(params, name, given.checkpoint)
+        batch = min(len(given.classes) * given.per_class, job.config.model_dump()["batch_size"])
+        settings[name] = job.config.model_dump() | {"seed": given.seed, "batch_size": batch}
     shape = {"classes": given.classes, "num_stages": given.stages, "per_class": given.per_class}
     config = json.dumps({**shape, **settings})
     paths = [part for name, path in inputs.items() for part in (f"--{name}", str(path))]

@@ -3,13 +3,18 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+BUSY = re.compile("acquire lock|is busy|has locked", re.IGNORECASE)  # how dvc says that another one holds its lock
+RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds
 
 
 def executable() -> str:
@@ -33,7 +38,11 @@ def call(*arguments: str) -> int:
 
 def read(*arguments: str) -> Any:
     """Run dvc and parse the JSON that it prints; OSError with its message if it fails."""
-    done = subprocess.run([executable(), *arguments], env=environment(), capture_output=True, text=True)
+    for pause in (*RETRY_PAUSES, None):
+        done = subprocess.run([executable(), *arguments], env=environment(), capture_output=True, text=True)
+        if done.returncode == 0 or pause is None or not BUSY.search(done.stderr):
+            break
+        time.sleep(pause)
     if done.returncode != 0:
         raise OSError(
             f"dvc {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip() or done.stdout.strip()}"

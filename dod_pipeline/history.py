@@ -49,13 +49,27 @@ class Record(Frozen):
     commit: str | None  # of the code; "-dirty" where files were changed
 
 
+CODE = (
+    "dod_models",
+    "dod_pipeline",
+    "params.yaml",
+    "dvc.yaml",
+)  # what a commit must hold for its numbers to be its own
+
+
+def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run git here."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True)
+
+
 def current_commit() -> str | None:
-    """The commit of the working folder, or None outside of git."""
+    """The commit of the working folder, with "-dirty" where code or settings differ from it; None outside of git."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty"], capture_output=True, text=True)
+        head = git("rev-parse", "HEAD")
+        dirty = git("diff", "--quiet", "HEAD", "--", *CODE).returncode != 0
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
+    return head.stdout.strip() + "-dirty" * dirty if head.returncode == 0 else None
 
 
 def sampler_name(sampling: dict[str, Any]) -> str:
@@ -66,25 +80,35 @@ def sampler_name(sampling: dict[str, Any]) -> str:
     )
 
 
+def samplings(job: Job) -> dict[str, tuple[int, dict[str, Any], str]]:
+    """For each row of a finished job that is a stage's: the stage, its settings, and the digest of its config."""
+    from dod_models.score import SweepConfig
+
+    if isinstance(job.config, SweepConfig):
+        return {n: (stage, c.model_dump(mode="json"), c.digest) for n, (stage, c) in job.config.variants().items()}
+    found = {}
+    for name in ("stage1", "stage2"):
+        manifest = artifact.read_json(job.inputs[name] / artifact.MANIFEST)
+        found[name] = (manifest["about"]["stage"], manifest["about"]["sampling"], manifest["config"])
+    return found
+
+
 def records(params: Params, job: Job) -> list[Record]:
-    """The records of a finished stage `metrics`: both stages and both floors."""
+    """The records of a finished stage `metrics` (both stages and both floors) or `sweeps` (its rows)."""
+    from dod_models.checkpoint import weights_file
+
     item = params.checkpoints[job.key]
     now = datetime.now(UTC)
-    manifest = artifact.MANIFEST
-    digest = {name: artifact.sha256_file(path / manifest) for name, path in job.inputs.items()}
-    reference = artifact.read_json(job.inputs["reference"] / manifest)["about"]
-    checkpoint = artifact.read_json(Path("train", item.experiment, f"step-{item.step}", manifest))
-    found = []
-    for name, row in artifact.read_json(job.out).items():
-        stage: Any = int(name.removeprefix("stage")) if name.startswith("stage") else name
-        about = artifact.read_json(job.inputs[name] / manifest)["about"] if name.startswith("stage") else {}
-        sampling = about.get("sampling", {})
-        weights = {"floor": None, "codec": digest["codec"]}.get(name)
-        if sampling:
-            weights = checkpoint["files"][f"ema-{sampling['ema_decay']}.safetensors"]["sha256"]
+    reference = artifact.read_json(job.inputs["reference"] / artifact.MANIFEST)["about"]
+    files = artifact.read_json(Path("train", item.experiment, f"step-{item.step}", artifact.MANIFEST))["files"]
+    codec = artifact.sha256_file(job.inputs["codec"] / artifact.MANIFEST)
+    stages, found = samplings(job), []
+    for number, (name, row) in enumerate(artifact.read_json(job.out).items()):
+        stage, sampling, config = stages.get(name, (name, None, job.config.digest))
+        weights = files[weights_file(sampling["ema_decay"])]["sha256"] if sampling else None
         found.append(
             Record(
-                id=f"{now:%Y%m%dT%H%M%S%fZ}-{job.key}-{name}",
+                id=f"{now:%Y%m%dT%H%M%S%fZ}-{job.key}-{job.stage}-{number}",
                 time=now,
                 experiment=item.experiment,
                 checkpoint=job.key,
@@ -92,14 +116,14 @@ def records(params: Params, job: Job) -> list[Record]:
                 stage=stage,
                 metrics={key: value for key, value in row.items() if key not in ("num_samples", "evaluations")},
                 num_samples=row["num_samples"],
-                seed=sampling.get("seed"),
-                guidance=sampling.get("guidance"),
+                seed=sampling["seed"] if sampling else None,
+                guidance=sampling["guidance"] if sampling else None,
                 sampler=sampler_name(sampling) if sampling else None,
                 evaluations=row.get("evaluations"),
                 extractor=reference["extractor"],
-                reference=digest["reference"],
-                config=digest[name] if sampling else job.config.digest,
-                weights=weights,
+                reference=artifact.sha256_file(job.inputs["reference"] / artifact.MANIFEST),
+                config=config,
+                weights=codec if name == "codec" else weights,
                 data=reference["dataset"],
                 commit=current_commit(),
             )
@@ -140,10 +164,9 @@ def query(
     sql = f"SELECT json FROM read_json_objects(?) WHERE {where} ORDER BY json ->> '$.time', json ->> '$.id'"
     rows = duckdb.execute(sql, [str(root / "*" / "*.json"), *given.values()]).fetchall()
     found = [json.loads(row[0]) for row in rows]
-    if metric is not None:
-        found = [row | {"metrics": {metric: row["metrics"][metric]}} for row in found if metric in row["metrics"]]
-        if not found:
-            raise ValueError(
-                f"--metric {metric!r}: no such record; metrics are e.g. fid, inception_score, precision, recall"
-            )
-    return found
+    if metric is None or not found:
+        return found
+    known = sorted({name for row in found for name in row["metrics"]})
+    if metric not in known:
+        raise ValueError(f"--metric {metric!r}: no such record has it; they have {', '.join(known)}")
+    return [row | {"metrics": {metric: row["metrics"][metric]}} for row in found if metric in row["metrics"]]

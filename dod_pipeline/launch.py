@@ -1,4 +1,7 @@
-"""Where a stage's computation runs: this process, or several of them under `accelerate launch`."""
+"""Where a stage's computation runs: this process, or several of them under torchrun, which accelerate picks up.
+
+`accelerate launch --cpu` would start a single process, whatever number it is told.
+"""
 
 import os
 import subprocess
@@ -17,11 +20,9 @@ def run(job: Job) -> int:
         raise ValueError(f"{PROCESSES}={processes!r}: must be a number of processes, 1 or more")
     if job.stage != "train" or int(processes) == 1:
         return cli.main(job.arguments())
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-    launcher += ["--dynamo_backend", "no", "--num_processes", processes]
-    return subprocess.run(
-        [*launcher, "--multi_gpu" if has_gpus() else "--cpu", "-m", "dod_models.cli", *job.arguments()]
-    ).returncode
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    environment = os.environ if has_gpus() else os.environ | {"ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([*launcher, "-m", "dod_models.cli", *job.arguments()], env=environment).returncode
 
 
 def has_gpus() -> bool:
