@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -209,6 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         status: int = given.action(given)
+    except BrokenPipeError:  # `dod history | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as the shell reports SIGPIPE
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"dod: {error}", file=sys.stderr)
         return 1

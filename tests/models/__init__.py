@@ -1,0 +1,1 @@
+"""Unit tests of dod_models, one file for each module."""

@@ -1,0 +1,189 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dod_models import artifact
+from dod_models.artifact import DamagedError
+from dod_models.codec import SCHEMA, Codec, load_stable_diffusion
+from dod_models.evaluate import psnr
+from dod_models.features import Extractor, FeatureSet
+from dod_models.fit_codec import CodecConfig, build_codec, measure_scale, small_vae, train_vae
+from dod_models.images import ImageFolder
+from dod_models.pixels import to_pixels, to_signal
+from dod_models.reference import ReferenceConfig, build_reference
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def codec(pipeline):
+    return Codec.load(pipeline.codec)
+
+
+def images(pipeline, split: str) -> np.ndarray:
+    return np.concatenate(list(ImageFolder(pipeline.dataset, split).blocks(size=tiny.SIZE, channels=1)))
+
+
+def test_every_pixel_value_survives_the_round_trip():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    signal = to_signal(pixels)
+    assert (signal.min().item(), signal.max().item()) == (-1, 1)
+    assert np.array_equal(to_pixels(signal), pixels)
+
+
+def test_pixels_are_those_of_adm():
+    decoded = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 5.0]).view(1, 1, 1, 6)
+    assert to_pixels(decoded).flatten().tolist() == [0, 0, 128, 255, 255, 255]  # 127.5 x + 128, clamped, cut off
+    assert to_pixels(torch.tensor([-0.996]).view(1, 1, 1, 1)).item() == 1
+
+
+def test_channels_go_last_and_come_back_first():
+    pixels = np.random.default_rng(0).integers(0, 256, size=(2, 4, 6, 3), dtype=np.uint8)
+    assert to_signal(pixels)[1, 2, 3, 5].item() == pytest.approx(pixels[1, 3, 5, 2] / 127.5 - 1)
+    assert np.array_equal(to_pixels(to_signal(pixels)), pixels)
+
+
+def test_scaled_latents_of_the_training_images_have_unit_spread(pipeline, codec):
+    mean, std = codec.encode(images(pipeline, "train"))
+    drawn = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    assert drawn.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_scale_is_measured_over_posteriors_not_means(pipeline, codec):
+    pixels = images(pipeline, "train")
+    assert measure_scale(codec.vae, pixels) == pytest.approx(codec.scale, rel=1e-5)
+    posterior = codec.vae.encode(to_signal(pixels)).latent_dist
+    draws = torch.cat([posterior.sample(torch.Generator().manual_seed(i)) for i in range(20)])
+    assert measure_scale(codec.vae, pixels) == pytest.approx(1 / draws.std().item(), rel=0.01)
+
+
+def test_the_scale_cancels_in_a_reconstruction(pipeline, codec):
+    pixels = images(pipeline, "val")[:5]
+    mean, std = codec.encode(pixels)
+    other = Codec(codec.vae, scale=4 * codec.scale)
+    torch.testing.assert_close(other.encode(pixels)[0], 4 * mean)
+    torch.testing.assert_close(other.encode(pixels)[1], 4 * std)
+    assert np.array_equal(other.decode(4 * mean), codec.decode(mean))  # a power of two: exact
+
+
+def test_the_loaded_codec_is_the_trained_one(pipeline, codec):
+    """Its reconstructions have the features that were stored before the weights went to disk."""
+    stored = FeatureSet.load(pipeline.codec, "reconstructions.safetensors", schema=SCHEMA)
+    originals = images(pipeline, "val")
+    rebuilt = codec.decode(codec.encode(originals)[0])
+    assert torch.equal(Extractor.load(pipeline.reference)([rebuilt]).features, stored.features)
+    assert pipeline.facts["codec"]["psnr"] == pytest.approx(psnr(rebuilt, originals).mean(), abs=1e-9)
+
+
+def test_reconstructions_tell_more_than_the_mean_image(pipeline):
+    originals = images(pipeline, "val")
+    blank = np.broadcast_to(images(pipeline, "train").mean(axis=0).astype(np.uint8), originals.shape)
+    assert pipeline.facts["codec"]["psnr"] > psnr(blank, originals).mean() + 1
+
+
+def test_blocks_do_not_change_what_is_decoded(codec, monkeypatch):
+    z = torch.randn(7, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("dod_models.codec.BATCH", 3)
+    parts = list(codec.decode_all(z))
+    assert [len(part) for part in parts] == [3, 3, 1]
+    assert np.abs(codec.decode(z).astype(int) - np.concatenate(parts)).max() <= 1
+
+
+def test_a_damaged_codec_is_refused_and_its_file_named(pipeline, tmp_path):
+    shutil.copytree(pipeline.codec, tmp_path / "codec")
+    weights = next((tmp_path / "codec" / "vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedError, match=f"{weights.name}: sha256"):
+        Codec.load(tmp_path / "codec")
+
+
+def test_training_is_repeatable():
+    pixels = np.random.default_rng(0).integers(0, 256, size=(16, 16, 16, 1), dtype=np.uint8)
+    config = CodecConfig(widths=(8, 8), groups=4, steps=2, batch_size=4)
+    first, second = (train_vae(config, pixels).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_diverging_training_is_an_error_that_names_the_step():
+    pixels = np.random.default_rng(0).integers(0, 256, size=(16, 16, 16, 1), dtype=np.uint8)
+    config = CodecConfig(widths=(8, 8), groups=4, steps=21, batch_size=4, learning_rate=1e20)
+    with pytest.raises(FloatingPointError, match=r"codec: the loss is \w+ at step 20; lower"):
+        train_vae(config, pixels)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """Stable Diffusion's architecture (4 levels, two layers each, attention in the middle), narrow, weights random."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    levels = 4
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(4, 8, 8, 8),
+        layers_per_block=2,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.18215,
+    )
+    folder = tmp_path_factory.mktemp("sd-vae")
+    vae.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def test_stable_diffusion_s_architecture_goes_through_the_same_class(stable_diffusion):
+    codec = load_stable_diffusion(str(stable_diffusion))
+    assert (codec.scale, codec.factor, codec.channels, codec.latent_channels) == (0.18215, 8, 3, 4)
+    pixels = np.random.default_rng(0).integers(0, 256, size=(2, 32, 32, 3), dtype=np.uint8)
+    mean, std = codec.encode(pixels)
+    posterior = codec.vae.encode(to_signal(pixels)).latent_dist
+    torch.testing.assert_close(mean, 0.18215 * posterior.mean)
+    torch.testing.assert_close(std, 0.18215 * posterior.std)
+    assert np.array_equal(codec.decode(mean), to_pixels(codec.vae.decode(mean / 0.18215).sample))
+
+
+def test_the_stage_takes_stable_diffusion_s_autoencoder_as_it_is(stable_diffusion, pipeline, tmp_path):
+    colour = ReferenceConfig(image_size=16, channels=3, epochs=1)
+    build_reference(colour, dataset=pipeline.dataset, out=tmp_path / "reference")
+    config = CodecConfig(source="stable-diffusion", path=str(stable_diffusion), image_size=16, channels=3)
+    inputs = {"dataset": pipeline.dataset, "reference": tmp_path / "reference"}
+    assert build_codec(config, **inputs, out=tmp_path / "codec")["scale"] == 0.18215
+    stored, given = (
+        Codec.load(tmp_path / "codec").vae.state_dict(),
+        load_stable_diffusion(str(stable_diffusion)).vae.state_dict(),
+    )
+    assert stored.keys() == given.keys()
+    assert all(torch.equal(stored[name], given[name]) for name in given)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers to huggingface_hub
+@pytest.mark.parametrize("path", [None, "/nowhere/vae"])
+def test_without_the_autoencoder_the_error_names_path_and_remedy(path, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError) as caught:
+        load_stable_diffusion(path)
+    message = str(caught.value)
+    assert message.startswith(f"codec.path: {path or 'not set'}: no VAE there")
+    assert "download stabilityai/sd-vae-ft-ema" in message
+    assert "set codec.path in params.yaml" in message
+
+
+def test_the_remedy_is_a_command_that_exists(monkeypatch, tmp_path):
+    from importlib.metadata import entry_points
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as caught:
+        load_stable_diffusion("/nowhere/vae")
+    command = str(caught.value).split("`")[1].split()[0]
+    assert command in {point.name for point in entry_points(group="console_scripts")}
+
+
+def test_the_small_autoencoder_halves_the_side_once_a_level():
+    vae = small_vae(CodecConfig(widths=(8, 8, 8), groups=4))
+    mean = Codec(vae, scale=1.0).encode(np.zeros((1, 32, 32, 1), dtype=np.uint8))[0]
+    assert mean.shape == (1, 4, 32 // Codec(vae, scale=1.0).factor, 8)
+    assert artifact.MANIFEST not in vae.config

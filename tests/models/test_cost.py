@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from dod_models import cost
+from dod_models.model import DoD, ModelConfig
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def table():
+    return {row["name"]: row for row in cost.table()}
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "lem", "total"),
+    [("DoD-S", 26.53, 21.47, 48.00), ("DoD-B", 104.96, 85.71, 190.67), ("DoD-XL", 527.13, 85.71, 612.84)],
+)
+def test_parameters_are_those_of_the_paper(table, name, backbone, lem, total):
+    millions = {part: count / 1e6 for part, count in table[name]["params"].items()}
+    assert millions == pytest.approx({"backbone": backbone, "lem": lem, "total": total}, abs=0.01)
+
+
+def test_gflops_are_those_of_the_paper_s_table_4(table):
+    assert table["DoD-B"]["gflops"]["paper"] == pytest.approx(
+        {"stage1": 21.81, "stage2": 26.47, "lem": 24.65}, abs=0.01
+    )
+
+
+def test_fifteen_blocks_cost_what_the_paper_says_of_fitv2():
+    found = cost.describe(ModelConfig.model_validate({"preset": "DoD-B", "depth": 15}))
+    assert found["gflops"]["paper"]["stage1"] == pytest.approx(27.25, abs=0.01)
+
+
+def test_true_flops_count_multiply_adds_twice_and_attention():
+    """The LEM by hand: d_l = 20, 4 patches, 1 latent token, one block on either side, 4 numbers a token."""
+    d, patches, tokens, e, patch_dim = 20, 4, 5, 4, 16
+    block = tokens * (3 * d * d + d * d + 8 * d * d) + 2 * tokens * tokens * d
+    multiply_adds = patches * patch_dim * d + block + 1 * d * e + tokens * e * d + block + patches * d * d
+    assert cost.describe(tiny.config())["gflops"]["true"]["lem"] == pytest.approx(2 * multiply_adds / 1e9, rel=1e-12)
+
+
+def test_paper_flops_leave_attention_out_and_count_layer_norms():
+    d, patches, tokens, e, patch_dim = 20, 4, 5, 4, 16
+    block = tokens * 12 * d * d + 2 * 5 * tokens * d  # two affine norms
+    count = patches * patch_dim * d + block + d * e + tokens * e * d + block + 5 * patches * d + patches * d * d
+    assert cost.describe(tiny.config())["gflops"]["paper"]["lem"] == pytest.approx(count / 1e9, rel=1e-12)
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = DoD(tiny.config())
+    z = torch.zeros(1, 4, 4, 4)
+    first = cost.paper_gflops(model, lambda: model.lem(z))
+    assert cost.paper_gflops(model, lambda: model.lem(z)) == first
+    assert not any(module._forward_hooks for module in model.modules())
