@@ -28,7 +28,7 @@ demo: setup ## the whole pipeline on MNIST, and its table of results
 	$(run) .venv/bin/dod run mnist
 
 demo-seeds: setup ## the demo under three seeds, with guidance sweeps
-	$(run) .venv/bin/dod run mnist mnist-seed1 mnist-seed2 --until sweeps
+	$(run) .venv/bin/python benchmarks/seeds.py
 
 test: setup ## the tests that need no accelerator, with the coverage gate
 	$(run) .venv/bin/python -m pytest -n 2 -m "not slow and not gpu" --benchmark-disable --cov

@@ -133,16 +133,24 @@ def do_status(given: argparse.Namespace) -> int:
     rows = []
     for stage, key in [(s, k) for s in stages.ORDER for k in stages.keys_of(params, s)]:
         reasons = changed.get(dvc_repo.address(stage, key), [])
-        rows.append([f"{stage}@{key}", "; ".join(explain(reason) for reason in reasons) or "up to date"])
-    tables.show("stages", ["stage", "state"], rows)
+        rows.append([f"{stage}@{key}", explain(reasons)])
+    tables.show("stages", ["stage", "state"], rows, left=2)
     return 0
 
 
-def explain(reason: object) -> str:
-    """One of DVC's reasons as text: `changed outs: train/mnist deleted`."""
-    if not isinstance(reason, dict):
-        return str(reason)
-    return "; ".join(f"{kind}: {', '.join(f'{n} {w}' for n, w in what.items())}" for kind, what in reason.items())
+def explain(reasons: list[str | dict[str, dict[str, str]]]) -> str:
+    """DVC's reasons in a line: `changed outs: train/mnist deleted`, with three names of a kind at most."""
+    parts = []
+    for reason in reasons:
+        if isinstance(reason, str):
+            parts.append(reason)
+            continue
+        for kind, what in reason.items():
+            if "new" in what.values():
+                return "not made yet, or its settings are new"
+            names = [f"{name} {how}" for name, how in what.items()]
+            parts.append(f"{kind}: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3))
+    return "; ".join(parts) or "up to date"
 
 
 def do_models(given: argparse.Namespace) -> int:

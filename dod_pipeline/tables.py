@@ -11,11 +11,11 @@ METRICS = {"fid": "FID", "inception_score": "IS", "precision": "precision", "rec
 NAMES = {"floor": "floor: held-out real images", "codec": "floor: the codec's reconstructions"}
 
 
-def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table; its width follows its content where output is not a terminal."""
+def show(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> None:
+    """Print a table, its first `left` columns aligned left; in a file or pipe it is as wide as its content."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console()

@@ -1,0 +1,73 @@
+"""Fixtures of the pipeline's tests: the tiny project, built once for all workers of pytest-xdist together."""
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import project as tiny
+from .project import Project
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """As in the subprocesses: sums depend on the number of threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers share."""
+    found: Path = tmp_path_factory.getbasetemp()
+    return found.parent if "PYTEST_XDIST_WORKER" in os.environ else found
+
+
+@pytest.fixture(scope="session")
+def images(base: Path) -> Path:
+    """The tiny project's images; read only."""
+    with (base / "images.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return base / "images" if (base / "images").exists() else tiny.write_images(base / "images")
+
+
+@pytest.fixture(scope="session")
+def built(base: Path, images: Path) -> Project:
+    """The tiny project after `dod run tiny`, `dod run tiny --until sweeps`, a commit and a push; only to be copied."""
+    root, log = base / "built" / "project", base / "built" / "log.txt"
+    root.parent.mkdir(exist_ok=True)
+    with (base / "built.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            project = tiny.create(root, tiny.params(images))
+            printed = project.dod("run", "tiny").stdout
+            project.dod("run", "tiny", "--until", "sweeps")
+            project.commit("results")
+            project.dvc("push")
+            log.write_text(printed)
+    return Project(root)
+
+
+@pytest.fixture(scope="module")
+def shared(built: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A copy of the built project for the tests of one file that leave it as it is."""
+    return built.copy(tmp_path_factory.mktemp("shared") / "project")
+
+
+@pytest.fixture
+def own(built: Project, tmp_path: Path) -> Project:
+    """A copy of the built project for one test."""
+    return built.copy(tmp_path / "project")
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> Callable[[Project], None]:
+    """Make a project the current folder, for commands that run in this process."""
+
+    def enter(project: Project) -> None:
+        monkeypatch.chdir(project.root)
+        monkeypatch.setenv("PATH", tiny.environment()["PATH"])
+
+    return enter

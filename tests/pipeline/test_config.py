@@ -1,0 +1,159 @@
+"""params.yaml as a whole: what is wrong is named with its place, its value and the remedy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dod_pipeline import stages
+from dod_pipeline.config import Params, load_params
+
+from .project import SOURCE, params
+
+
+@pytest.fixture
+def values() -> dict[str, Any]:
+    return params(Path("/images"))
+
+
+def inner(values: dict[str, Any], place: str) -> dict[str, Any]:
+    """The mapping at a dotted place."""
+    for name in place.split(".") if place else []:
+        values = values[name]
+    return values
+
+
+def complaint(values: dict[str, Any]) -> str:
+    """What loading says."""
+    with pytest.raises(ValueError) as caught:
+        Params.parse(values, place="params.yaml")
+    return str(caught.value)
+
+
+PLACES = ("", "datasets.tiny", "experiments.tiny", "checkpoints.tiny-6", "sweeps.tiny-6")
+SETTINGS = {
+    "dataset": "datasets.tiny.dataset",
+    "reference": "datasets.tiny.reference",
+    "codec": "datasets.tiny.codec",
+    "latents": "datasets.tiny.latents",
+    "train": "experiments.tiny.train",
+    "stage1": "experiments.tiny.stage1",
+    "stage2": "experiments.tiny.sampling",
+    "metrics": "evaluation",
+}
+
+
+def test_the_repository_s_own_params_hold_for_every_stage():
+    loaded = load_params(SOURCE / "params.yaml")
+    for stage in stages.ORDER:
+        for key in stages.keys_of(loaded, stage):
+            assert stages.resolve(loaded, stage, key).arguments()[0] == stage
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_unknown_key_is_named_with_its_place(values: dict[str, Any], place: str):
+    inner(values, place)["stpes"] = 3
+    assert f"params.yaml: {place}{'.' if place else ''}stpes: unknown key; remove it" in complaint(values)
+
+
+@pytest.mark.parametrize("place", [*PLACES[1:], "experiments"])
+def test_a_missing_key_is_named_with_its_place(values: dict[str, Any], place: str):
+    target = inner(values, place if place != "experiments" else "")
+    gone = "experiments" if place == "experiments" else next(iter(target))
+    del target[gone]
+    assert f"{gone}: missing; add it" in complaint(values)
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_an_unknown_setting_is_named_with_its_stage(values: dict[str, Any], stage: str):
+    inner(values, SETTINGS[stage])["num_setps"] = 3
+    loaded = Params.parse(values, place="params.yaml")
+    key = stages.keys_of(loaded, stage)[0]
+    with pytest.raises(ValueError, match=rf"params\.yaml: {stage} of {key}: num_setps: unknown key"):
+        stages.resolve(loaded, stage, key)
+
+
+def test_an_unknown_setting_inside_the_model_is_named(values: dict[str, Any]):
+    values["experiments"]["tiny"]["train"]["model"]["lem"]["tokens"] = 3
+    with pytest.raises(ValueError, match=r"train of tiny: model\.lem\.tokens: unknown key"):
+        stages.resolve(Params.parse(values, place="params.yaml"), "train", "tiny")
+
+
+@pytest.mark.parametrize("bad", ["a; rm -rf x", "$(reboot)", "a b", "../up", "-n", "", "a/b", "a@b", "é", "a\n", "`x`"])
+@pytest.mark.parametrize("mapping", ["datasets", "experiments", "checkpoints", "sweeps"])
+def test_a_key_that_a_shell_or_a_path_would_take_amiss_is_refused(values: dict[str, Any], mapping: str, bad: str):
+    values[mapping][bad] = next(iter(values[mapping].values()))
+    assert "should match pattern" in complaint(values)
+
+
+def test_a_checkpoint_of_an_unknown_experiment_lists_what_there_is(values: dict[str, Any]):
+    values["checkpoints"]["tiny-6"]["experiment"] = "tony"
+    assert "checkpoints.tiny-6.experiment: 'tony' is not one of experiments: ['tiny']" in complaint(values)
+
+
+def test_an_experiment_on_unknown_data_lists_what_there_is(values: dict[str, Any]):
+    values["experiments"]["tiny"]["data"] = "mnits"
+    assert "experiments.tiny.data: 'mnits' is not one of datasets: ['tiny']" in complaint(values)
+
+
+def test_a_checkpoint_s_data_is_its_experiment_s(values: dict[str, Any]):
+    values["datasets"]["other"] = values["datasets"]["tiny"]
+    values["checkpoints"]["tiny-6"]["data"] = "other"
+    assert "checkpoints.tiny-6.data: is 'other', its experiment's data is 'tiny'" in complaint(values)
+
+
+@pytest.mark.parametrize("step", [1, 5, 8])
+def test_a_step_that_is_never_saved_is_refused(values: dict[str, Any], step: int):
+    values["checkpoints"]["tiny-6"]["step"] = step
+    assert f"checkpoints.tiny-6.step: {step} is never saved: tiny saves every 2 steps up to 6" in complaint(values)
+
+
+def test_a_sweep_belongs_to_a_checkpoint(values: dict[str, Any]):
+    values["sweeps"]["tiny-4"] = values["sweeps"]["tiny-6"] | {"step": 4}
+    assert "sweeps.tiny-4: experiment and step are not those of checkpoints.tiny-4" in complaint(values)
+
+
+def test_a_sweep_at_another_step_than_its_checkpoint_is_refused(values: dict[str, Any]):
+    values["sweeps"]["tiny-6"]["step"] = 4
+    assert "sweeps.tiny-6: experiment and step are not those of checkpoints.tiny-6" in complaint(values)
+
+
+def test_what_is_not_yaml_is_named_with_its_line(tmp_path: Path):
+    (tmp_path / "params.yaml").write_text("datasets:\n  a: [1, 2\nb: 3\n")
+    with pytest.raises(ValueError, match=r"params\.yaml: not YAML: (.|\n)*line 3"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "just words\n"])
+def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"params\.yaml: \(the whole\): "):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_says_where_dod_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/params\.yaml: not found; run dod in the folder"):
+        load_params()
+
+
+def test_an_unknown_experiment_stage_or_key_lists_what_there_is(values: dict[str, Any]):
+    loaded = Params.parse(values, place="params.yaml")
+    with pytest.raises(ValueError, match=r"experiment 'tony' is not in params.yaml; it has tiny"):
+        stages.instances(loaded, "tony", "metrics")
+    with pytest.raises(ValueError, match=r"--until 'metric' is unknown; choose one of dataset, .*metrics, sweeps"):
+        stages.instances(loaded, "tiny", "metric")
+    with pytest.raises(ValueError, match="stage 'trian' is unknown; choose one of dataset"):
+        stages.check_key(loaded, "trian", "tiny")
+    with pytest.raises(ValueError, match=r"train: key 'tiny-6' is not in params.yaml; it has tiny"):
+        stages.check_key(loaded, "train", "tiny-6")
+
+
+def test_an_experiment_s_stages_are_its_own_and_in_order(values: dict[str, Any]):
+    values["experiments"]["other"] = values["experiments"]["tiny"]
+    values["checkpoints"]["other-2"] = {"experiment": "other", "data": "tiny", "step": 2}
+    values["checkpoints"]["tiny-2"] = {"experiment": "tiny", "data": "tiny", "step": 2}
+    found = stages.instances(Params.parse(values, place="params.yaml"), "tiny", "sweeps")
+    shared = [(stage, "tiny") for stage in ("dataset", "reference", "codec", "latents", "train")]
+    own = [(stage, key) for stage in ("stage1", "stage2", "metrics") for key in ("tiny-2", "tiny-6")]
+    assert found == [*shared, *own, ("sweeps", "tiny-6")]

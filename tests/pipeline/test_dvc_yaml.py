@@ -1,0 +1,136 @@
+"""dvc.yaml says what the code says: modules, inputs, outputs and settings of every stage."""
+
+import copy
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import grimp
+import pytest
+import yaml
+
+from dod_models.cli import STAGES
+from dod_pipeline import stages
+from dod_pipeline.config import Params
+
+from .project import SOURCE, Project
+
+RAW: dict[str, Any] = yaml.safe_load((SOURCE / "params.yaml").read_text())
+GRAPH: dict[str, Any] = yaml.safe_load((SOURCE / "dvc.yaml").read_text())["stages"]
+STRUCTURE = {"experiment", "data", "step"}  # these name paths, which are dependencies, and configure nothing
+
+
+def substitute(value: Any, *, key: str, item: dict[str, Any]) -> Any:
+    """Replace ${key} and ${item.x} as DVC does."""
+    if isinstance(value, dict):
+        return {substitute(k, key=key, item=item): substitute(v, key=key, item=item) for k, v in value.items()}
+    if isinstance(value, list):
+        return [substitute(v, key=key, item=item) for v in value]
+    if isinstance(value, str):
+        value = value.replace("${key}", key)
+        return re.sub(r"\$\{item\.(\w+)\}", lambda match: str(item[match[1]]), value)
+    return value
+
+
+def expand(raw: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every stage instance of dvc.yaml over these params, by stage and key."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, stage in GRAPH.items():
+        mapping = raw[stage["foreach"].removeprefix("${").removesuffix("}")]
+        found |= {(name, key): substitute(stage["do"], key=key, item=item) for key, item in mapping.items()}
+    return found
+
+
+def names(entries: list[Any]) -> set[str]:
+    """Paths of a list of outputs, with or without options."""
+    return {path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)}
+
+
+@cache
+def closure(module: str) -> set[str]:
+    """Files of dod_models that a module imports, directly or not, and its own."""
+    graph = grimp.build_graph("dod_models", cache_dir=None, exclude_type_checking_imports=True)
+    modules = graph.find_upstream_modules(f"dod_models.{module}") | {f"dod_models.{module}"}
+    return {f"{name.replace('.', '/')}.py" for name in modules if name != "dod_models"}
+
+
+INSTANCES = expand(RAW)
+ADDRESSES = pytest.mark.parametrize(
+    "stage, key", [pytest.param(*instance, id="@".join(instance)) for instance in INSTANCES]
+)
+
+
+def test_the_stages_are_those_of_the_code_in_a_possible_order():
+    assert set(GRAPH) == set(stages.ORDER) == set(STAGES) - {"generate"}
+    made: set[str] = set()
+    for name in stages.ORDER:
+        for instance in (i for (stage, _), i in INSTANCES.items() if stage == name):
+            data = {dep for dep in instance["deps"] if not dep.endswith(".py")}
+            missing = {dep for dep in data if not any(Path(dep).is_relative_to(out) for out in made)}
+            assert not missing, f"{name} comes before the stage that makes {missing}"
+        made |= {out for (stage, _), i in INSTANCES.items() if stage == name for out in names(i.get("outs", []))}
+
+
+@pytest.mark.parametrize("name", stages.ORDER)
+def test_a_stage_depends_on_exactly_the_modules_that_it_imports(name: str):
+    stated = [dep for dep in GRAPH[name]["do"]["deps"] if dep.endswith(".py")]
+    assert set(stated) == closure(STAGES[name].module)
+    assert len(stated) == len(set(stated))
+
+
+def test_an_edit_of_the_evaluation_does_not_retrain():
+    assert "dod_models/evaluate.py" in GRAPH["metrics"]["do"]["deps"]
+    assert "dod_models/evaluate.py" not in GRAPH["train"]["do"]["deps"]
+
+
+@ADDRESSES
+def test_a_stage_reads_and_writes_the_paths_of_the_code(stage: str, key: str):
+    params, instance = Params.parse(RAW, place="params.yaml"), INSTANCES[stage, key]
+    inputs, out, facts = stages.paths(params, stage, key)
+    stated = {dep for dep in instance["deps"] if not dep.endswith(".py")}
+    assert stated == {str(path) for name, path in inputs.items() if name != "state"}
+    assert instance["cmd"] == f"dod stage {stage} {key}"
+    if facts is None:  # the output is the numbers
+        assert names(instance["metrics"]) == {str(out)} and "outs" not in instance
+    else:
+        assert names(instance["outs"]) == {str(out)} and names(instance["metrics"]) == {str(facts)}
+
+
+def leaves(values: dict[str, Any], *place: str) -> Iterator[tuple[str, ...]]:
+    """Paths of everything that is not a mapping."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, *place, name)
+        else:
+            yield (*place, name)
+
+
+@ADDRESSES
+def test_a_stage_lists_exactly_the_settings_that_configure_it(stage: str, key: str):
+    before = stages.settings(Params.parse(RAW, place="params.yaml"), stage, key)
+    listed = {tuple(name.split(".")) for name in INSTANCES[stage, key]["params"]}
+    for place in leaves(RAW):
+        if place[-1] in STRUCTURE:
+            continue
+        changed = copy.deepcopy(RAW)
+        inner = changed
+        for name in place[:-1]:
+            inner[name] = inner = dict(inner[name])
+        inner[place[-1]] = [] if isinstance(inner[place[-1]], list) else "another value"
+        after = stages.settings(Params.parse(changed, place="params.yaml"), stage, key)
+        is_listed = any(place[: len(prefix)] == prefix for prefix in listed)
+        assert (after != before) == is_listed, f"{'.'.join(place)}: listed {is_listed}, configures {after != before}"
+
+
+def test_dvc_expands_the_stages_as_this_file_does(built: Project):
+    lock = built.lock()
+    tiny = expand(yaml.safe_load((built.root / "params.yaml").read_text()))
+    assert set(lock) == {f"{stage}@{key}" for stage, key in tiny}
+    for (stage, key), instance in tiny.items():
+        found = lock[f"{stage}@{key}"]
+        assert {dep["path"] for dep in found["deps"]} == set(instance["deps"])
+        outs = [*instance.get("outs", []), *instance["metrics"], *instance.get("plots", [])]
+        assert {out["path"] for out in found["outs"]} == names(outs)
+        assert set(found["params"]["params.yaml"]) == set(instance["params"])
