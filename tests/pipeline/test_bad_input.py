@@ -86,7 +86,7 @@ def test_an_image_that_changed_after_it_was_indexed_is_named(spoilt: Path, capsy
     assert cli.main(["stage", "dataset", "tiny"]) == 0
     shutil.copy(spoilt / "train" / "bar" / "001.png", spoilt / "train" / "bar" / "000.png")
     assert cli.main(["stage", "latents", "tiny"]) == 1
-    message = "train/bar/000.png: changed since it was indexed; run the stage `dataset` again"
+    message = "train/bar/000.png: changed since it was indexed; index it again: `dvc repro --force dataset@KEY`"
     assert message in capsys.readouterr().err
 
 
