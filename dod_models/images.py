@@ -174,7 +174,8 @@ class ImageFolder:
         data = (self.root / entry.path).read_bytes()
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ValueError(
-                f"{self.root / entry.path}: changed since it was indexed; index it again: `dvc repro --force dataset@KEY`"
+                f"{self.root / entry.path}: changed since it was indexed; "
+                "index it again: `dvc repro --force dataset@KEY`"
             )
         with Image.open(io.BytesIO(data)) as image:
             return center_crop(image.convert("L" if channels == 1 else "RGB"), size)
