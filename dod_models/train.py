@@ -160,12 +160,12 @@ def fit(config: TrainConfig, *, latents: Path, out: Path, state: Path) -> dict[s
     check_shapes(config, shards, accelerator.num_processes)
     key = f"{config.digest[:16]}-{shards.digest[:16]}"
     work, resume = state / key / "out", state / key / "resume"
-    if main:
-        artifact.forget_finished(state, but=key)
-    training = TrainState(config, accelerator)
-    curve = go_on(training, work, resume)
     about = {"latents": shards.digest, "steps": config.steps, "seed": config.seed}
     with artifact.locked(work) if main else nullcontext():
+        if main:
+            artifact.forget_finished(state, but=key)
+        training = TrainState(config, accelerator)
+        curve = go_on(training, work, resume)
         run(training, shards, curve, work=work, resume=resume, about=about)
         if main:
             artifact.describe(work, schema=SCHEMA, config=config.digest, about=about)
