@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from dod_models import artifact
 from dod_models.config import Frozen
 
-# OpenMP's threads spin while they wait for each other; where one core is busy with something else, that made training
-# ten times slower. Read when torch is loaded, so it is set before any stage is.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads spin while they wait for each other, by default so long that stages crawl where a core is also busy
+# with something else; sleeping at once costs half the speed of an idle machine. Between the two, as measured in
+# benchmarks/2026-11-23-demo.md. Read when torch is loaded, so it is set before any stage is.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 class Stage(NamedTuple):
