@@ -17,7 +17,7 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-seeds test test-slow lint lock clean
+.PHONY: help setup demo demo-seeds test lint lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -32,9 +32,6 @@ demo-seeds: setup ## the demo under three seeds, with guidance sweeps
 
 test: setup ## the tests that need no accelerator, with the coverage gate
 	$(run) .venv/bin/python -m pytest -n 2 -m "not slow and not gpu" --benchmark-disable --cov
-
-test-slow: setup ## the slow tests
-	$(run) .venv/bin/python -m pytest -m "slow and not gpu"
 
 lint: setup ## format, lint, types, layers, large files and private keys
 	$(run) .venv/bin/pre-commit run --all-files
