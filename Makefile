@@ -1,5 +1,6 @@
 # Every target does the set-up that it needs; set-up that is done costs nothing.
 PYTHON ?= python3
+PORT ?= 3000
 
 # No tool reports to anybody.
 export DAGSTER_DISABLE_TELEMETRY := yes
@@ -17,7 +18,7 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-seeds test lint lock clean
+.PHONY: help setup demo ui demo-seeds test lint lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -26,6 +27,9 @@ setup: .venv/.installed .venv-dvc/.installed ## make .venv and .venv-dvc (anothe
 
 demo: setup ## the whole pipeline on MNIST, and its table of results
 	$(run) .venv/bin/dod run mnist
+
+ui: setup ## Dagster's pages at http://127.0.0.1:3000 (another port: PORT=3001)
+	$(run) .venv/bin/dagster dev --host 127.0.0.1 --port $(PORT)
 
 demo-seeds: setup ## the demo under three seeds, with guidance sweeps
 	$(run) .venv/bin/python benchmarks/seeds.py
@@ -71,12 +75,13 @@ endif
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
 	@touch $@
 
-.venv/.installed: .venv/.uv requirements/project.txt pyproject.toml infra/dvc-launcher.sh
+.venv/.installed: .venv/.uv requirements/project.txt pyproject.toml infra/dvc-launcher.sh infra/dagster-home.pth
 	$(say) "installing requirements/project.txt into .venv (6 GB; minutes, where they must be downloaded)"
 	@touch .venv/.installing
 	@$(uv) pip sync $(quiet) --python .venv/bin/python --require-hashes --compile-bytecode requirements/project.txt requirements/uv.txt
 	@$(uv) pip install $(quiet) --python .venv/bin/python --no-build-isolation --no-deps --editable .
 	@install -m 755 infra/dvc-launcher.sh .venv/bin/dvc
+	@install -m 644 infra/dagster-home.pth .venv/lib/python3.*/site-packages
 	@rm .venv/.installing
 	@touch $@
 

@@ -4,6 +4,7 @@ A *checkpoint* holds averaged weights for use; a *resume state* holds what train
 stopped.
 """
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from dod_models import artifact
 from dod_models.model import DoD, ModelConfig
+
+log = logging.getLogger(__name__)
 
 SCHEMA = "checkpoint/1"
 STATE_SCHEMA = "state/1"
@@ -68,5 +71,5 @@ def load_state(root: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             manifest = artifact.verify(folder, schema=STATE_SCHEMA)
             return load_file(folder / "state.safetensors"), manifest["about"]
         except (artifact.DamagedError, SafetensorError, OSError) as error:
-            print(f"resume state passed over: {error}")
+            log.warning(f"resume state passed over: {error}")
     return None

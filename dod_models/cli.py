@@ -7,8 +7,13 @@ for the numbers that it returns. Torch is imported by the stage, not by `--help`
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,14 +71,59 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Print what the modules log; tell Dagster too, and how far progress bars are, where it waits for this process.
+
+    Dagster Pipes says so in the environment. Messages are for the eye: the truth is the output's manifest.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    with ExitStack() as stack:
+        if "DAGSTER_PIPES_CONTEXT" in os.environ and os.environ.get("RANK", "0") == "0":
+            from dagster_pipes import open_dagster_pipes
+
+            told = stack.enter_context(open_dagster_pipes()).log
+            handlers += told.handlers
+            stack.enter_context(following(told.info))
+        logger = logging.getLogger("dod_models")
+        logger.setLevel(logging.INFO)
+        for handler in handlers:
+            logger.addHandler(handler)
+            stack.callback(logger.removeHandler, handler)
+        yield
+
+
+@contextmanager
+def following(tell: Callable[[str], None], *, seconds: float = 5.0) -> Iterator[None]:
+    """Tell how far the progress bars that moved are, every 5 seconds at first, ever more seldom later."""
+    over, begun, seen = threading.Event(), time.monotonic(), dict[int, float]()
+
+    def follow() -> None:
+        while not over.wait(max(seconds, (time.monotonic() - begun) / 20)):
+            bars = sys.modules["tqdm"].tqdm if "tqdm" in sys.modules else None
+            for bar in list(getattr(bars, "_instances", [])):
+                if seen.get(id(bar)) != bar.n:
+                    seen[id(bar)] = bar.n
+                    tell(str(bar))
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        over.set()
+        follower.join()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one stage; an expected error is one message on stderr and exit status 1."""
     given = parser().parse_args(arguments)
     stage = STAGES[given.stage]
     try:
-        config_class, function = stage.load()
-        config = config_class.load(given.config)
-        facts = function(config, **{name: getattr(given, name) for name in stage.inputs}, out=given.out)
+        with reporting():
+            config_class, function = stage.load()
+            config = config_class.load(given.config)
+            facts = function(config, **{name: getattr(given, name) for name in stage.inputs}, out=given.out)
         if given.facts is not None and os.environ.get("RANK", "0") == "0":  # one of several processes writes
             artifact.write_json(given.facts, facts)
     except EXPECTED_ERRORS as error:

@@ -5,6 +5,7 @@ drops come from `data.TrainingDraws`. The global batch is split over processes i
 """
 
 import json
+import logging
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,8 @@ from dod_models.data import LatentShards, TrainingDraws
 from dod_models.ema import Ema
 from dod_models.flow import flow_loss, logit_normal, point_on_path
 from dod_models.model import DoD, ModelConfig
+
+log = logging.getLogger(__name__)
 
 SCHEMA = "train/1"
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -183,12 +186,12 @@ def go_on(training: TrainState, work: Path, resume: Path) -> Curve:
         try:
             artifact.verify(work / f"step-{saved}", schema=CHECKPOINT_SCHEMA)
         except artifact.DamagedError as error:
-            print(f"train: starting again, for the state of step {step} lacks a checkpoint: {error}")
+            log.warning(f"train: starting again, for the state of step {step} lacks a checkpoint: {error}")
             if training.accelerator.is_main_process:
                 shutil.rmtree(resume)  # or its states, newer by number, would crowd out those to come
             return []
     training.restore(found[0], step)
-    print(f"train: going on from step {step}")
+    log.info(f"train: going on from step {step}")
     curve: Curve = found[1]["curve"]
     return curve
 

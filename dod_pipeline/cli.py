@@ -65,24 +65,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def do_run(given: argparse.Namespace) -> int:
-    """`dvc repro` of the experiments' stages in order; then their tables and pictures."""
+    """Make the experiments' stages where they are outdated, through Dagster; then their tables and pictures."""
     from dod_models import artifact
-    from dod_pipeline import dvc_repo, stages
+    from dod_pipeline import runs
     from dod_pipeline.config import load_params
 
     params = load_params()
-    jobs = list(dict.fromkeys(j for name in given.experiments for j in stages.instances(params, name, given.until)))
-    targets = [dvc_repo.address(stage, key) for stage, key in jobs]
-    with dvc_repo.alone():
-        if dvc_repo.status(targets):
-            for stage, key in jobs:  # an error in a late stage's settings shows before hours of training, not after
-                stages.resolve(params, stage, key)
-            dvc_repo.repro(targets)
-            for stage, key in jobs:
-                if stage == "train":  # what DVC has recorded need not be kept twice
-                    artifact.forget_finished(Path(".state", stage, key))
-        else:
-            print(f"Nothing to do: all {len(targets)} stages of {', '.join(given.experiments)} are up to date.")
+    jobs = runs.run(params, given.experiments, given.until, Path())
+    for stage, key in jobs:
+        if stage == "train":  # what DVC has recorded need not be kept twice
+            artifact.forget_finished(Path(".state", stage, key))
     show_results(params, jobs)
     return 0
 
@@ -108,6 +100,10 @@ def show_results(params: "Params", jobs: list[tuple[str, str]]) -> None:
 
 def do_stage(given: argparse.Namespace) -> int:
     """Compute a stage; an evaluation is added to the history."""
+    if "DVC_STAGE" in os.environ:  # dvc started this, and whoever called dvc may have been killed with it
+        from dod_pipeline import lifeline
+
+        lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
     from dod_pipeline import history, launch, stages
     from dod_pipeline.config import load_params

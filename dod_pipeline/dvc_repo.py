@@ -5,16 +5,31 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-BUSY = re.compile("acquire lock|is busy|has locked", re.IGNORECASE)  # how dvc says that another one holds its lock
+from dod_pipeline.dvc_graph import DVC_LOCK, check_conflict, read_yaml
+from dod_pipeline.lifeline import CALLER, held
+
+# How dvc says that another one holds its lock, and that a transfer broke off.
+BUSY = re.compile("acquire lock|is busy|has locked", re.IGNORECASE)
+PASSING = re.compile(f"ERROR: .*({BUSY.pattern}|failed to (push|pull|fetch|transfer)|timed? ?out)", re.IGNORECASE)
+NOISE = re.compile(r"\d+%\||^WARNING: Process .* had been killed")  # tqdm's progress bars; a lock that dvc cleared
+ADVICE = re.compile(
+    rb"\s*$|(Updating|Generating) lock file |To (track|enable) .*, run:|\tgit add |\tdvc config |Use `dvc push`"
+)
 RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds
+GRACE = 20.0  # seconds that an interrupted stage has to end
+LAST_WORDS = 5.0  # seconds that dvc's last output may take to arrive
+COPIES = Path(".dvc", "tmp", "dod")  # copies of dvc.lock
 
 
 def executable() -> str:
@@ -36,10 +51,10 @@ def call(*arguments: str) -> int:
     return subprocess.run([executable(), *arguments], env=environment()).returncode
 
 
-def read(*arguments: str) -> Any:
+def read(*arguments: str, root: Path = Path()) -> Any:
     """Run dvc and parse the JSON that it prints; OSError with its message if it fails."""
     for pause in (*RETRY_PAUSES, None):
-        done = subprocess.run([executable(), *arguments], env=environment(), capture_output=True, text=True)
+        done = subprocess.run([executable(), *arguments], cwd=root, env=environment(), capture_output=True, text=True)
         if done.returncode == 0 or pause is None or not BUSY.search(done.stderr):
             break
         time.sleep(pause)
@@ -55,33 +70,190 @@ def address(stage: str, key: str) -> str:
     return f"{stage}@{key}"
 
 
-def status(targets: list[str]) -> dict[str, Any]:
+def status(targets: list[str], *, root: Path = Path()) -> dict[str, Any]:
     """What changed, by stage instance; empty where there is nothing to do."""
-    changed: dict[str, Any] = read("status", "--json", *targets)
+    changed: dict[str, Any] = read("status", "--json", *targets, root=root)
     return changed
 
 
+class TryAgainError(OSError):
+    """DVC failed for a reason that passes: another one holds its lock, or a transfer broke off."""
+
+
+_alone: set[Path] = set()  # folders of which this process holds the lock alone
+
+
 @contextmanager
-def alone(root: Path = Path()) -> Iterator[None]:
-    """Wait until no other `dod` runs stages in this folder: DVC itself would say "busy" and fail."""
-    lock = root / ".dvc" / "tmp" / "dod.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
+def alone(root: Path = Path(), *, wait: bool = True) -> Iterator[None]:
+    """Wait until no other `dod` runs stages in this folder, where DVC would say "busy" and fail; then keep all out.
+
+    BlockingIOError without `wait`.
+    """
+    with lock_file(root).open("a") as file:
+        if wait:
+            take(file, fcntl.LOCK_EX, root)
+        else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another dod is running stages in {root.absolute()}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        mend(root)
+        _alone.add(root.absolute())
+        try:
+            yield
+        finally:
+            _alone.remove(root.absolute())
+
+
+@contextmanager
+def shared(root: Path = Path()) -> Iterator[None]:
+    """Wait until no other `dod` has this folder alone, unless this process does; then keep those out who want it so."""
+    if root.absolute() in _alone:
+        yield
+        return
+    with lock_file(root).open("a") as file:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mend(root)  # nobody else is here
+        take(file, fcntl.LOCK_SH, root)
         yield
 
 
-def repro(targets: list[str]) -> None:
-    """`dvc repro` of the targets and all that they need; OSError if a stage fails."""
-    code = call("repro", *targets)
+def lock_file(root: Path) -> Path:
+    """The file that `dod` locks; the lock dies with its holder."""
+    path = root / ".dvc" / "tmp" / "dod.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def take(file: IO[str], kind: int, root: Path) -> None:
+    """Take a lock; say so before waiting for it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another dod is running stages in {root.absolute()}; waiting for it", flush=True)
+        fcntl.flock(file, kind)
+
+
+def mend(root: Path) -> None:
+    """Undo what a killed dvc left half-written: its table of locks, and dvc.lock, of which `repro_one` keeps copies."""
+    table, lock = root / ".dvc" / "tmp" / "rwlock", root / DVC_LOCK
+    if table.exists() and not is_json(table):
+        table.unlink()
+    for copy in sorted((root / COPIES).glob("*.yaml")):
+        if lock.exists() and is_cut_off(lock, copy):
+            os.replace(copy, lock)
+        else:
+            copy.unlink()
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file holds JSON."""
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def is_cut_off(lock: Path, copy: Path) -> bool:
+    """Whether dvc.lock has lost its end since the copy was made, for the stage that names it: is no YAML any more, or
+    holds, that stage apart, a part of the copy and nothing else."""
+    check_conflict(lock)
+    try:
+        then = read_yaml(copy).get("stages", {})
+    except ValueError:
+        return False  # was made while another dvc wrote
+    try:
+        now = read_yaml(lock).get("stages", {})
+    except ValueError:
+        return True
+    others = set(now) - {copy.stem}
+    return others < set(then) - {copy.stem} and all(now[name] == then[name] for name in others)
+
+
+def copy_lock(root: Path, target: str) -> Path:
+    """Keep a copy of dvc.lock while dvc runs, which writes it in place: `mend` puts it back if dvc is killed then."""
+    lock, copy = root / DVC_LOCK, root / COPIES / f"{target}.yaml"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if lock.exists():
+        partial = copy.with_suffix(".partial")
+        shutil.copyfile(lock, partial)
+        os.replace(partial, copy)
+    return copy
+
+
+def repro_one(target: str, *, root: Path, env: Mapping[str, str] | None = None) -> None:
+    """`dvc repro --single-item`: its output goes to this process's, and nothing of it outlives this call.
+
+    TryAgainError for what passes, OSError with the last lines of dvc and the stage for the rest. An interrupt is handed
+    on, and waited for.
+    """
+    command = held([executable(), "--wait-for-lock", "repro", "--single-item", target])
+    variables = environment() | {CALLER: str(os.getpid())} | dict(env or {})
+    copy = copy_lock(root, target)
+    pipe, none = subprocess.PIPE, subprocess.DEVNULL
+    said: deque[bytes] = deque(maxlen=64)  # blocks of what went to stderr
+    with subprocess.Popen(
+        command, cwd=root, env=variables, stdin=none, stdout=pipe, stderr=pipe, start_new_session=True
+    ) as process:
+        readers = [
+            threading.Thread(target=forward_lines, args=(process.stdout,), daemon=True),
+            threading.Thread(target=forward, args=(process.stderr, said), daemon=True),
+        ]
+        for reader in readers:
+            reader.start()
+        try:
+            code = process.wait()
+        except BaseException:
+            stop(process)
+            raise
+        finally:
+            signal_group(process, signal.SIGKILL)  # what dvc may have left behind, if it was killed itself
+            for reader in readers:
+                reader.join(timeout=LAST_WORDS)
+    if code >= 0:
+        copy.unlink(missing_ok=True)
     if code != 0:
-        raise OSError(
-            f"dvc repro failed ({code}); the message above says where. What was finished stays: run it again to go on"
-        )
+        text = last_lines(b"".join(said))
+        kind = TryAgainError if PASSING.search(text) else OSError
+        how = f"dvc was killed by signal {-code}" if code < 0 else f"dvc: {code}"
+        raise kind(f"{target} failed ({how}): {text}")
+
+
+def forward_lines(source: IO[bytes]) -> None:
+    """Copy a process's lines to this one's stdout as they come, without what dvc advises after every stage."""
+    for line in source:
+        if not ADVICE.match(line):
+            sys.stdout.write(line.decode(errors="replace"))
+            sys.stdout.flush()
+
+
+def forward(source: IO[bytes], said: deque[bytes]) -> None:
+    """Copy a process's stderr to this one's as it comes, progress bars included, and remember the end of it."""
+    while block := os.read(source.fileno(), 4096):
+        said.append(block)
+        sys.stderr.write(block.decode(errors="replace"))
+        sys.stderr.flush()
+
+
+def last_lines(said: bytes, number: int = 12) -> str:
+    """The last lines without progress bars, which return the carriage, and without dvc's advertising."""
+    lines = [line.rpartition("\r")[2].strip() for line in said.decode(errors="replace").split("\n")]
+    return "\n".join([line for line in lines if line and not NOISE.search(line)][-number:])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt dvc and its stage, as Ctrl-C does; kill what hasn't ended in time."""
+    signal_group(process, signal.SIGINT)
+    try:
+        process.wait(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        signal_group(process, signal.SIGKILL)
+        process.wait()
+
+
+def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to all that are left of a process's session."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def accept(targets: list[str]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from dod_models import cli
+from dod_pipeline.lifeline import held
 from dod_pipeline.stages import Job
 
 PROCESSES = "DOD_PROCESSES"  # environment: how many processes train, e.g. one for each GPU
@@ -21,8 +22,9 @@ def run(job: Job) -> int:
     if job.stage != "train" or int(processes) == 1:
         return cli.main(job.arguments())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    worker = held([sys.executable, "-m", "dod_models.cli", *job.arguments()])
     environment = os.environ if has_gpus() else os.environ | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([*launcher, "-m", "dod_models.cli", *job.arguments()], env=environment).returncode
+    return subprocess.run(held([*launcher, "--no-python", *worker]), env=environment).returncode
 
 
 def has_gpus() -> bool:

@@ -12,6 +12,7 @@ BY_DATASET = ("dataset", "reference", "codec", "latents")
 BY_EXPERIMENT = ("train",)
 BY_CHECKPOINT = ("stage1", "stage2", "metrics", "sweeps")
 ORDER = BY_DATASET + BY_EXPERIMENT + BY_CHECKPOINT
+LAST = "metrics"  # of what `dod run` makes unless told otherwise
 
 
 class Job(NamedTuple):

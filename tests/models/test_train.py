@@ -50,23 +50,23 @@ def states(root) -> list[str]:
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 8])
-def test_resuming_changes_no_bit(pipeline, tmp_path, monkeypatch, capsys, step):
+def test_resuming_changes_no_bit(pipeline, tmp_path, monkeypatch, caplog, step):
     interrupted(pipeline, tmp_path, monkeypatch, step=step)
     assert not (tmp_path / "train").exists()
     facts = run(pipeline, tmp_path)
     resumed = 2 * ((step - 1) // 2)
-    assert (f"train: going on from step {resumed}\n" in capsys.readouterr().out) == (resumed > 0)
+    assert (f"train: going on from step {resumed}\n" in caplog.text) == (resumed > 0)
     assert tiny.digests(tmp_path / "train") == tiny.digests(pipeline.train)
     assert facts == pipeline.facts["train"]
 
 
-def test_finished_work_stays_until_the_next_training_begins(pipeline, tmp_path, capsys):
+def test_finished_work_stays_until_the_next_training_begins(pipeline, tmp_path, caplog):
     """Nobody may have recorded the output yet: a run that is repeated at once does not train again."""
     run(pipeline, tmp_path)
     shutil.rmtree(tmp_path / "train")
-    capsys.readouterr()
+    caplog.clear()
     assert run(pipeline, tmp_path) == pipeline.facts["train"]
-    assert "train: going on from step 8\n" in capsys.readouterr().out
+    assert "train: going on from step 8\n" in caplog.text
     assert tiny.digests(tmp_path / "train") == tiny.digests(pipeline.train)
 
 
@@ -87,12 +87,12 @@ def test_many_interruptions_change_no_bit(pipeline, tmp_path, monkeypatch):
     assert tiny.digests(tmp_path / "train") == tiny.digests(pipeline.train)
 
 
-def test_a_damaged_state_costs_steps_and_no_bit(pipeline, tmp_path, monkeypatch, capsys):
+def test_a_damaged_state_costs_steps_and_no_bit(pipeline, tmp_path, monkeypatch, caplog):
     interrupted(pipeline, tmp_path, monkeypatch, step=7)
     newest = next(tmp_path.glob("state/*/resume/step-000000006"))
     (newest / "state.safetensors").write_bytes(b"damaged")
     run(pipeline, tmp_path)
-    out = capsys.readouterr().out
+    out = caplog.text
     assert f"resume state passed over: {newest}/state.safetensors" in out
     assert "train: going on from step 4" in out
     assert tiny.digests(tmp_path / "train") == tiny.digests(pipeline.train)
@@ -102,28 +102,28 @@ def lose_checkpoint(root):
     shutil.rmtree(next(root.glob("state/*/out/step-4")))
 
 
-def test_a_lost_checkpoint_is_made_again(pipeline, tmp_path, monkeypatch, capsys):
+def test_a_lost_checkpoint_is_made_again(pipeline, tmp_path, monkeypatch, caplog):
     interrupted(pipeline, tmp_path, monkeypatch, step=7)
     lose_checkpoint(tmp_path)
     run(pipeline, tmp_path)
-    assert "train: starting again, for the state of step 6 lacks a checkpoint" in capsys.readouterr().out
+    assert "train: starting again, for the state of step 6 lacks a checkpoint" in caplog.text
     assert tiny.digests(tmp_path / "train") == tiny.digests(pipeline.train)
 
 
-def test_a_run_that_starts_again_can_itself_be_resumed(pipeline, tmp_path, monkeypatch, capsys):
+def test_a_run_that_starts_again_can_itself_be_resumed(pipeline, tmp_path, monkeypatch, caplog):
     interrupted(pipeline, tmp_path, monkeypatch, step=7)
     lose_checkpoint(tmp_path)
     interrupted(pipeline, tmp_path, monkeypatch, step=4)
-    capsys.readouterr()
+    caplog.clear()
     run(pipeline, tmp_path)
-    assert "train: going on from step 2" in capsys.readouterr().out
+    assert "train: going on from step 2" in caplog.text
     assert tiny.digests(tmp_path / "train") == tiny.digests(pipeline.train)
 
 
-def test_another_config_does_not_go_on_from_this_one_s_state(pipeline, tmp_path, monkeypatch, capsys):
+def test_another_config_does_not_go_on_from_this_one_s_state(pipeline, tmp_path, monkeypatch, caplog):
     interrupted(pipeline, tmp_path, monkeypatch, step=7)
     run(pipeline, tmp_path, config=CONFIG.model_copy(update={"seed": 1}))
-    assert "going on" not in capsys.readouterr().out
+    assert "going on" not in caplog.text
     assert tiny.digests(tmp_path / "train") != tiny.digests(pipeline.train)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 SOURCE = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-COPIED = ("dod_models", "dod_pipeline", "infra", "dvc.yaml", ".dvc", ".dvcignore", ".gitignore")
+COPIED = ("dod_models", "dod_pipeline", "dagster_home", "infra", "dvc.yaml", ".dvc", ".dvcignore", ".gitignore")
 
 SIZE = 16  # pixels
 PER_CLASS = 30  # images in each split: FID wants more images than the feature net's 64 features

@@ -65,7 +65,7 @@ def test_an_empty_class_folder_is_an_error_and_dvc_still_has_the_earlier_outputs
     assert (
         f"dataset: {spoilt}/val/spot: no images; remove the class from every split or add images to it" in done.stderr
     )
-    assert "dod: dvc repro failed (255)" in done.stderr
+    assert "dod: dataset@tiny failed (dvc: 255)" in done.stderr
     own.run("git", "checkout", "--", ".")
     own.dvc("checkout")
     own.dvc("status", "-q")
