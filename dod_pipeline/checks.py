@@ -36,7 +36,9 @@ def check_samples(folder: Path) -> list[Outcome]:
             finite = finite and bool(np.isfinite(block).all())
             largest = max(largest, float(np.abs(block).max()))
             totals, squares = totals + block.sum(0), squares + (block**2).sum(0)
-    spread = float(np.mean(np.sqrt(np.maximum(squares / max(count, 1) - (totals / max(count, 1)) ** 2, 0))))
+    with np.errstate(invalid="ignore"):
+        variance = squares / max(count, 1) - (totals / max(count, 1)) ** 2
+    spread = float(np.sqrt(np.maximum(variance, 0)).mean())
     return [
         Outcome("count", count == num_labels == wanted, f"{count} samples, {num_labels} labels, {wanted} asked for"),
         Outcome("finite", finite, "every value is a finite number" if finite else "some values are not finite numbers"),

@@ -18,16 +18,15 @@ PICTURE_WIDTH = 640  # pixels of a picture in Dagster, which keeps it in its eve
 
 
 class Line(NamedTuple):
-    """What Dagster adds to a stage: the libraries it names, and the pool whose slots it needs."""
+    """What Dagster adds to a stage: what it is made with, and the pool whose slots it needs."""
 
-    kinds: frozenset[str]
+    kind: str
     pool: str
 
 
-TORCH = Line(frozenset({"pytorch"}), "gpu")
-LINES = {name: TORCH for name in stages.ORDER} | {
-    "dataset": Line(frozenset({"python"}), "dvc_repo"),
-    "report": Line(frozenset({"html"}), "dvc_repo"),
+LINES = {name: Line("pytorch", "gpu") for name in stages.ORDER} | {
+    "dataset": Line("python", "dvc_repo"),
+    "report": Line("html", "dvc_repo"),
 }
 
 
@@ -51,7 +50,7 @@ def extras(params: Params, instance: Instance) -> Extras:
     _, out, _ = stages.paths(params, stage, key)
     return Extras(
         group=identifier(experiment_of(params, stage, key)),
-        kinds=line.kinds,
+        kinds=frozenset({stage, line.kind}),  # the page shows a key's last part alone, and the kinds under it
         pool=line.pool,
         checks=names,
         check=lambda: [] if check is None else [result(outcome) for outcome in check(out)],

@@ -219,7 +219,8 @@ def pipes(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSession]:
     """Through which a stage's process may report while it runs."""
     injector, reader = dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dg.PreviewWarning)  # Dagster's own reader calls what is in preview
+        for own in (dg.PreviewWarning, DeprecationWarning):  # Dagster's own code calls what it warns of
+            warnings.simplefilter("ignore", own)
         with dg.open_pipes_session(context=context, context_injector=injector, message_reader=reader) as session:
             yield session
 

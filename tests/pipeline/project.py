@@ -138,6 +138,10 @@ class Project:
     def write_params(self, values: dict[str, Any]) -> None:
         (self.root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
+    def params(self) -> dict[str, Any]:
+        found: dict[str, Any] = yaml.safe_load((self.root / "params.yaml").read_text())
+        return found
+
     def lock(self) -> dict[str, Any]:
         """The stages of dvc.lock, by address."""
         found: dict[str, Any] = yaml.safe_load((self.root / "dvc.lock").read_text())["stages"]
