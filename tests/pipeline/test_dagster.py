@@ -1,0 +1,297 @@
+"""DVC and Dagster agree on what exists and what is up to date, whichever of them made it."""
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+from dagster._core.instance.ref import InstanceRef
+from PIL import Image
+
+from dod_pipeline import cli, dvc_repo, runs
+from dod_pipeline.definitions import define
+from dod_pipeline.dvc_assets import Pipeline
+
+from . import project as tiny
+from .project import Project
+from .test_kill import DRIVER, Enter
+
+
+@contextmanager
+def dagster_of(project: Project) -> Iterator[dg.DagsterInstance]:
+    """The project's Dagster instance, whatever DAGSTER_HOME says here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DAGSTER_HOME", str(project.root / "dagster_home"))
+        ref = InstanceRef.from_dir(str(project.root / "dagster_home"))
+        with dg.DagsterInstance.from_ref(ref) as instance:
+            yield instance
+
+
+def stale(instance: dg.DagsterInstance, definitions: dg.Definitions) -> set[str]:
+    """The assets that don't read fresh, as the pages show them."""
+    graph = definitions.resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(instance, graph)
+    keys = graph.get_all_asset_keys()
+    return {key.to_user_string() for key in keys if resolver.get_status(key) != StaleStatus.FRESH}
+
+
+def materialization(instance: dg.DagsterInstance, stage: str, key: str) -> dg.AssetMaterialization:
+    """The newest one of a stage instance."""
+    (record,) = instance.fetch_materializations(dg.AssetKey([stage, key]), limit=1).records
+    assert record.asset_materialization is not None
+    return record.asset_materialization
+
+
+def tick(instance: dg.DagsterInstance, pipeline: Pipeline, cursor: str | None = None) -> tuple[str, str | None]:
+    """What the sensor says, and its cursor afterwards."""
+    with dg.build_sensor_context(instance, cursor=cursor) as context:
+        result = pipeline.sensor()(context)
+        assert isinstance(result, dg.SkipReason) and result.skip_message is not None
+        return result.skip_message, context.cursor
+
+
+def picture_in(value: Any) -> Image.Image:
+    """The picture in Markdown metadata."""
+    assert isinstance(value, dg.MarkdownMetadataValue) and value.md_str is not None
+    return Image.open(io.BytesIO(base64.b64decode(value.md_str.partition("base64,")[2].rstrip(")"))))
+
+
+def test_after_dod_run_nothing_is_stale_and_versions_are_those_of_dvc_lock(shared: Project, inside: Enter):
+    inside(shared)
+    _, definitions = define(Path())
+    with dagster_of(shared) as instance:
+        assert stale(instance, definitions) == set()
+        for name, entry in shared.lock().items():
+            stage, key = name.split("@")
+            tags = materialization(instance, stage, key).tags or {}
+            assert tags["dagster/data_version"] == entry["outs"][0]["md5"]
+            made_from = {dep["path"].split("/")[0] for dep in entry["deps"]} - {"dod_models", "samples"}
+            inputs = {tag.split("/")[2] for tag in tags if tag.startswith("dagster/input_data_version/")}
+            assert made_from <= inputs | {"dod_pipeline"}
+
+
+def test_numbers_and_pictures_are_metadata(shared: Project, inside: Enter):
+    inside(shared)
+    with dagster_of(shared) as instance:
+        metrics = materialization(instance, "metrics", "tiny-6").metadata
+        scores = json.loads((shared.root / "metrics" / "tiny" / "tiny-6.json").read_text())
+        assert metrics["stage2.fid"].value == scores["stage2"]["fid"]
+        assert {f"{row}.{name}" for row, found in scores.items() for name in found} == set(metrics)
+        train = materialization(instance, "train", "tiny").metadata
+        curve = json.loads((shared.root / "curves" / "tiny.json").read_text())
+        table = train["Training loss"]
+        assert isinstance(table, dg.TableMetadataValue)
+        assert [record.data for record in table.records] == [
+            {"step": row["step"], "loss": row["loss"]} for row in curve
+        ]
+        assert picture_in(train["loss curve"]).width > 300
+        grid = picture_in(materialization(instance, "stage2", "tiny-6").metadata["grid"])
+        with Image.open(shared.root / "samples" / "tiny" / "tiny-6" / "stage2" / "grid.png") as original:
+            assert grid.tobytes() == original.tobytes()
+
+
+def test_a_run_says_for_what_and_from_which_commit(shared: Project):
+    with dagster_of(shared) as instance:
+        found = instance.get_runs(dg.RunsFilter(tags={"dod/experiment": "tiny"}))
+        (start,) = shared.run("git", "rev-list", "--max-parents=0", "HEAD").stdout.split()
+        assert found and {run.tags["dod/commit"] for run in found} == {start}
+        assert {run.status for run in found} == {dg.DagsterRunStatus.SUCCESS}
+
+
+def test_checks_were_evaluated(shared: Project):
+    with dagster_of(shared) as instance:
+        for stage, names in {"stage1": ("count", "finite", "range", "variety"), "metrics": ("finite", "floor")}.items():
+            for name in names:
+                key = dg.AssetCheckKey(dg.AssetKey([stage, "tiny-6"]), name)
+                summary = instance.event_log_storage.get_asset_check_summary_records([key])[key]
+                evaluation = summary.last_check_execution_record
+                assert evaluation is not None and evaluation.status.value == "SUCCEEDED"
+
+
+def test_after_dvc_repro_the_sensor_tells_dagster(own: Project, inside: Enter):
+    inside(own)
+    values = own.params()
+    values["experiments"]["tiny"]["stage2"]["guidance"] = 3.0
+    own.write_params(values)
+    pipeline, definitions = define(Path())
+    with dagster_of(own) as instance:
+        assert stale(instance, definitions) == {"stage2/tiny-6", "metrics/tiny-6"} & stale(instance, definitions)
+        assert "stage2/tiny-6" in stale(instance, definitions)
+        own.dvc("repro", "metrics@tiny-6")
+        said, cursor = tick(instance, pipeline)
+        assert said.startswith("told Dagster of stage2@tiny-6, metrics@tiny-6")
+        assert stale(instance, definitions) <= {"report/tiny"}
+        again, same = tick(instance, pipeline, cursor)
+        assert (again, same) == ("dvc.lock and the code are as they were", cursor)
+        assert tick(instance, pipeline)[0] == "told Dagster of nothing new"
+        scores = json.loads((own.root / "metrics" / "tiny" / "tiny-6.json").read_text())
+        assert materialization(instance, "metrics", "tiny-6").metadata["stage2.fid"].value == scores["stage2"]["fid"]
+
+
+def test_what_dvc_holds_to_be_outdated_is_not_told(own: Project, inside: Enter):
+    inside(own)
+    pipeline, _ = define(Path())
+    own.run("rm", "-r", "samples/tiny/tiny-6/stage2")
+    own.run("rm", "-r", "dagster_home/history")  # Dagster has forgotten everything
+    with dagster_of(own) as instance:
+        said, _ = tick(instance, pipeline)
+        assert "stage1@tiny-6" in said and "stage2@tiny-6" not in said
+
+
+def test_the_sensor_waits_while_stages_run(own: Project, inside: Enter):
+    inside(own)
+    pipeline, _ = define(Path())
+    code = "from dod_pipeline import dvc_repo\nwith dvc_repo.alone(): print('mine', flush=True); input()"
+    with dagster_of(own) as instance, own.start("python", "-c", code) as other:
+        assert other.stdout is not None and other.stdout.readline() == "mine\n"
+        said, cursor = tick(instance, pipeline)
+        assert said.startswith("stages are running") and cursor is None
+        other.kill()
+    with dagster_of(own) as instance:
+        assert tick(instance, pipeline)[0].startswith("told Dagster of")
+
+
+@pytest.mark.timeout(600)
+def test_after_dagster_asset_materialize_repro_has_nothing_to_do(own: Project, inside: Enter):
+    """The run's steps are processes of their own here, as under `dagster dev`."""
+    inside(own)
+    values = own.params()
+    values["experiments"]["tiny"]["stage2"]["guidance"] = 3.0
+    own.write_params(values)
+    before = own.lock()
+    select = 'key:"stage2/tiny-6" or key:"metrics/tiny-6"'
+    own.run("dagster", "asset", "materialize", "--select", select, DAGSTER_HOME="dagster_home", PYTHONWARNINGS="")
+    assert {name for name, entry in own.lock().items() if entry != before[name]} >= {"stage2@tiny-6"}
+    printed = own.dvc("repro", "metrics@tiny-6").stdout
+    assert "Running stage" not in printed
+    pipeline, definitions = define(Path())
+    with dagster_of(own) as instance:
+        assert stale(instance, definitions) <= {"report/tiny"}
+        assert "nothing new" in tick(instance, pipeline)[0]
+
+
+def test_progress_and_log_lines_arrive_while_training_runs(own: Project, inside: Enter):
+    inside(own)
+    own.run("rm", "-r", "train/tiny")
+    arguments = ("open", "/out/.step-4.partial/.manifest.json.partial", "train", "tiny")
+    own.run("python", "-c", DRIVER, *arguments, status=-9)
+    assert cli.main(["run", "tiny"]) == 0
+    with dagster_of(own) as instance:
+        run = instance.get_runs(limit=1)[0]
+        logs = [entry.user_message for entry in instance.all_logs(run.run_id) if entry.step_key == "train__tiny"]
+        assert any("train: going on from step 2" in line for line in logs)
+
+
+def test_a_lock_that_is_held_is_waited_for(own: Project, inside: Enter):
+    """DVC says busy, Dagster tries again; nothing else is tried again."""
+    inside(own)
+    own.run("rm", "-r", "samples/tiny/tiny-6/stage2")
+    table = own.root / ".dvc" / "tmp" / "rwlock"
+    other = own.start("sleep", "1000")
+    path = str(own.root / "samples" / "tiny" / "tiny-6" / "stage2")
+    table.write_text(json.dumps({"read": {}, "write": {path: {"pid": other.pid, "cmd": "a bare dvc repro"}}}))
+
+    def end() -> None:
+        while not retried(own):
+            time.sleep(0.2)
+        other.kill()
+        other.wait()
+
+    ender = threading.Thread(target=end)
+    ender.start()
+    assert cli.main(["run", "tiny"]) == 0
+    ender.join()
+    other.communicate()
+    assert "stage2__tiny_6" in retried(own)
+
+
+def retried(project: Project) -> list[str | None]:
+    """Steps of the newest run that were put off."""
+    with dagster_of(project) as instance:
+        run = instance.get_runs(limit=1)[0]
+        wanted = {dg.DagsterEventType.STEP_UP_FOR_RETRY}
+        return [entry.step_key for entry in instance.all_logs(run.run_id, of_type=wanted)]
+
+
+def test_a_failing_stage_is_not_tried_again(own: Project, inside: Enter, capsys: pytest.CaptureFixture[str]):
+    inside(own)
+    (own.root / "codec" / "tiny" / "manifest.json").write_text("{}")
+    own.run("rm", "-r", "samples/tiny/tiny-6/stage2")
+    assert cli.main(["run", "tiny"]) == 1
+    assert "dod: codec@tiny" in (said := capsys.readouterr().err) or "stage2@tiny-6 failed" in said
+    assert retried(own) == []
+
+
+def test_definitions_compute_nothing_and_import_nothing_heavy(shared: Project):
+    program = """
+import json, sys
+started = []
+sys.addaudithook(lambda event, _: started.append(event) if event in ("subprocess.Popen", "os.system") else None)
+from dod_pipeline import definitions
+print(json.dumps([started, sorted({name.split(".")[0] for name in sys.modules})]))
+"""
+    before = shared.files()
+    started, modules = json.loads(shared.run("python", "-c", program).stdout.splitlines()[-1])
+    assert started == [] and not {"torch", "diffusers", "matplotlib", "duckdb", "pandas"} & set(modules)
+    assert shared.files() == before
+
+
+def test_jobs_groups_pools_and_descriptions(shared: Project, inside: Enter):
+    inside(shared)
+    pipeline, definitions = define(Path())
+    job = definitions.resolve_job_def("tiny")
+    made = {key.to_user_string() for key in job.asset_layer.selected_asset_keys}
+    assert {name.replace("@", "/") for name in tiny.STAGES} <= made and "sweeps/tiny-6" not in made
+    graph = definitions.resolve_asset_graph()
+    assert {graph.get(key).group_name for key in graph.get_all_asset_keys()} == {"tiny"}
+    pools = {key.to_user_string(): graph.get(key).pools for key in graph.get_all_asset_keys()}
+    assert pools["train/tiny"] == {"gpu"} and pools["dataset/tiny"] == {"dvc_repo"}
+    for name, instance in pipeline.graph.instances.items():
+        node = graph.get(pipeline.keys[name])
+        assert node.description == instance.desc and {instance.stage, "dvc"} <= node.kinds
+        assert {key.to_user_string() for key in node.parent_keys} == {
+            before.replace("@", "/") for before in pipeline.graph.upstream[name]
+        }
+
+
+@pytest.mark.parametrize(
+    "command, printed",
+    [
+        (("dagster", "definitions", "validate"), "All code locations passed validation"),
+        (("dagster", "asset", "list", "--select", 'key:"train/tiny"+'), "stage1/tiny-6"),
+        (("dg", "check", "defs"), "All definitions loaded successfully"),
+    ],
+)
+@pytest.mark.parametrize("home", ["dagster_home", ""])
+def test_dagster_s_commands_work_from_the_root(shared: Project, command: tuple[str, ...], printed: str, home: str):
+    for file in ("pyproject.toml",):
+        (shared.root / file).write_bytes((tiny.SOURCE / file).read_bytes())
+    done = shared.run(*command, DAGSTER_HOME=home, PYTHONWARNINGS="")
+    assert printed in done.stdout + done.stderr
+    assert not list(shared.root.glob(".tmp_dagster_home*"))
+
+
+def test_dagster_home_is_the_project_s_unless_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("dagster_home", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dagster.yaml").write_text("")
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    assert runs.home(tmp_path) == tmp_path / "dagster_home"
+    monkeypatch.setenv("DAGSTER_HOME", "other")
+    assert runs.home(tmp_path) == tmp_path / "other"
+
+
+def test_advice_and_progress_bars_are_left_out_of_what_is_repeated():
+    said = b"train:  10%|#   | 1/10\rtrain:  20%|##  | 2/10\rtrain: the loss is nan\nERROR: failed to reproduce\n\n"
+    assert dvc_repo.last_lines(said) == "train: the loss is nan\nERROR: failed to reproduce"
+    for line in (b"\n", b"\tgit add dvc.lock\n", b"Updating lock file 'dvc.lock'\n", b"Use `dvc push` to send\n"):
+        assert dvc_repo.ADVICE.match(line)
+    assert not dvc_repo.ADVICE.match(b"Running stage 'train@tiny':\n")
