@@ -75,9 +75,9 @@ def alone(root: Path = Path()) -> Iterator[None]:
         yield
 
 
-def repro(targets: list[str]) -> None:
-    """`dvc repro` of the targets and all that they need; OSError if a stage fails."""
-    code = call("repro", *targets)
+def repro(targets: list[str], *, single_item: bool = False) -> None:
+    """`dvc repro` of the targets and all that they need, or of them alone; OSError if a stage fails."""
+    code = call("repro", *["--single-item"] * single_item, *targets)
     if code != 0:
         raise OSError(
             f"dvc repro failed ({code}); the message above says where. What was finished stays: run it again to go on"
