@@ -158,4 +158,4 @@ def test_an_experiment_s_stages_are_its_own_and_in_order(values: dict[str, Any])
     found = stages.instances(Params.parse(values, place="params.yaml"), "tiny", "sweeps")
     shared = [(stage, "tiny") for stage in ("dataset", "reference", "codec", "latents", "train")]
     own = [(stage, key) for stage in ("stage1", "stage2", "metrics") for key in ("tiny-2", "tiny-6")]
-    assert found == [*shared, *own, ("sweeps", "tiny-6")]
+    assert found == [*shared, *own, ("report", "tiny"), ("sweeps", "tiny-6")]
