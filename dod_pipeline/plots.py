@@ -190,7 +190,7 @@ def precision_recall(
 ) -> Figure:
     """The plane of recall and precision: a path for each series of (step, precision, recall), a point for each floor.
 
-    A path's last point, which is named, is the newest step.
+    A path's last point, the newest step, is filled; earlier ones are hollow.
     """
     rows = {name: sorted(points) for name, points in series.items() if points}
     if not rows:
@@ -198,7 +198,8 @@ def precision_recall(
     figure, axes = blank()
     for name, look in looks(list(rows)).items():
         _, precisions, recalls = zip(*rows[name], strict=True)
-        axes.plot(recalls, precisions, color=look.color, marker=look.marker, label=name)
+        axes.plot(recalls, precisions, color=look.color, marker=look.marker, markerfacecolor="white")
+        axes.plot(recalls[-1:], precisions[-1:], color=look.color, marker=look.marker, linestyle="", label=name)
     for (name, (precision, recall)), marker in zip(floors.items(), cycle(FLOOR_MARKERS), strict=False):
         axes.plot(recall, precision, color=FLOOR_COLOR, marker=marker, linestyle="", markersize=9, label=name)
     values = [value for points in rows.values() for _, *pair in points for value in pair]

@@ -87,8 +87,11 @@ def test_a_wide_span_is_logarithmic_and_a_rate_never(metric: str, top: float, sc
 
 
 def test_the_plane_has_recall_to_the_right_and_precision_upwards():
-    figure = plots.precision_recall(PLANE, {"held-out": (0.9, 0.85)})
-    assert lines(figure) == [[(0.7, 0.6)], [(0.65, 0.8)], [(0.85, 0.9)]]
+    figure = plots.precision_recall({"stage 1": [(200, 0.6, 0.7), (100, 0.5, 0.8)]}, {"held-out": (0.9, 0.85)})
+    path, newest, floor = figure.axes[0].get_lines()
+    assert lines(figure) == [[(0.8, 0.5), (0.7, 0.6)], [(0.7, 0.6)], [(0.85, 0.9)]]
+    assert path.get_markerfacecolor() == "white" and newest.get_markerfacecolor() == newest.get_color()
+    assert floor.get_linestyle() == "None"
     assert figure.axes[0].get_xlabel().startswith("recall") and figure.axes[0].get_ylabel().startswith("precision")
 
 
