@@ -149,7 +149,7 @@ def texts(record: dict[str, Any]) -> dict[str, str]:
 
 def setting(found: list[dict[str, Any]]) -> str:
     """In what comparable records were measured."""
-    return f"{found[0]['num_samples']} images, {found[0]['extractor']['name']}"
+    return f"{found[0]['num_samples']:,} images, {found[0]['extractor']['name']}"
 
 
 def check_comparable(found: list[dict[str, Any]]) -> None:

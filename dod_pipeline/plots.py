@@ -51,8 +51,8 @@ STAGE_LOOKS = {"stage 1": Look("#c06f00", "o"), "stage 2": Look("#00508c", "s")}
 OTHER_COLORS = ("#00805e", "#b0508a", "#3a8fc4", "#8c2d04", "#444444")
 OTHER_MARKERS = ("^", "D", "v", "P", "X", "<", ">")
 GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "<": "◀", ">": "▶"}  # of the markers
-FLOOR_STYLES = ("--", ":", "-.")
-FLOOR_MARKERS = ("*", "d", "p")
+FLOOR_LOOKS = {"held-out": ("--", "*"), "codec": (":", "d")}  # line and marker
+OTHER_FLOOR = ("-.", "p")
 FLOOR_COLOR = "#555555"
 
 
@@ -60,6 +60,11 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     """A look for each series; `stage 1` and `stage 2` always have the same one."""
     others = map(Look, cycle(OTHER_COLORS), cycle(OTHER_MARKERS))
     return {name: STAGE_LOOKS.get(name) or next(others) for name in names}
+
+
+def floor_look(name: str) -> tuple[str, str]:
+    """Line and marker of a floor: the same in every figure, whatever follows its name."""
+    return FLOOR_LOOKS.get(name.split(",")[0], OTHER_FLOOR)
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
@@ -170,7 +175,8 @@ def over_steps(
     floor_names = {name: f"{name}  {value:.3f}" for name, value in floors.items()}
     figure, axes = blank(labels=[*names.values(), *floor_names.values()], title=title)
     ends: dict[str, tuple[float, str]] = {}
-    for (name, value), style in zip(floors.items(), cycle(FLOOR_STYLES), strict=False):
+    for name, value in floors.items():
+        style, _ = floor_look(name)
         axes.axhline(value, color=FLOOR_COLOR, linestyle=style, linewidth=1.4)
         ends[floor_names[name]] = (value, FLOOR_COLOR)
     for name, look in drawn.items():
@@ -200,7 +206,8 @@ def precision_recall(
         _, precisions, recalls = zip(*rows[name], strict=True)
         axes.plot(recalls, precisions, color=look.color, marker=look.marker, markerfacecolor="white")
         axes.plot(recalls[-1:], precisions[-1:], color=look.color, marker=look.marker, linestyle="", label=name)
-    for (name, (precision, recall)), marker in zip(floors.items(), cycle(FLOOR_MARKERS), strict=False):
+    for name, (precision, recall) in floors.items():
+        _, marker = floor_look(name)
         axes.plot(recall, precision, color=FLOOR_COLOR, marker=marker, linestyle="", markersize=9, label=name)
     values = [value for points in rows.values() for _, *pair in points for value in pair]
     values += [value for pair in floors.values() for value in pair]

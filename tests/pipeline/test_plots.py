@@ -66,6 +66,8 @@ def test_a_metric_over_steps_draws_each_stage_in_order_and_each_floor_across():
     assert sorted(lines(figure)) == sorted(
         [[(0, 0.04), (1, 0.04)], [(0, 0.08), (1, 0.08)], [(100, 2.0), (200, 1.5)], [(100, 1.0), (200, 0.5)]]
     )
+    styles = {line.get_ydata()[0]: line.get_linestyle() for line in figure.axes[0].get_lines()}  # type: ignore[index]
+    assert (styles[0.04], styles[0.08]) == ("--", ":")  # apart from each other without colour
     assert texts(figure) == {"held-out  0.040", "codec  0.080", "● stage 1  1.500", "■ stage 2  0.500"}
     assert figure.axes[0].get_ylabel() == "FID"
 
