@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="make everything that an experiment needs, and print its results")
     run.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
     run.add_argument(
-        "--until", default="metrics", metavar="STAGE", help="last stage (default: metrics; sweeps is further)"
+        "--until", default="report", metavar="STAGE", help="last stage (default: report; sweeps is further)"
     )
     run.set_defaults(action=do_run)
 
@@ -31,6 +32,10 @@ def parser() -> argparse.ArgumentParser:
     stage.add_argument("stage", metavar="STAGE")
     stage.add_argument("key", metavar="KEY")
     stage.set_defaults(action=do_stage)
+
+    report = commands.add_parser("report", help="make an experiment's page anew if it is out of date")
+    report.add_argument("experiment", metavar="EXPERIMENT")
+    report.set_defaults(action=do_report)
 
     status = commands.add_parser("status", help="which stages are up to date")
     status.set_defaults(action=do_status)
@@ -42,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     history = commands.add_parser("history", help="every evaluation that was made")
     for name in ("experiment", "checkpoint", "stage", "metric"):
         history.add_argument(f"--{name}")
+    history.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw the metric (default: fid) over steps by stage"
+    )
     history.add_argument("--format", choices=("table", "json", "csv"), default="table")
     history.set_defaults(action=do_history)
 
@@ -94,29 +102,54 @@ def show_results(params: "Params", jobs: list[tuple[str, str]]) -> None:
             compared.setdefault(key, {}).update(scores)
         if stage == "stage2":
             print(f"stage 2 under stage 1, same samples: {out / 'grid.png'}")
+        if stage == "report":
+            print(f"report: {out}")
     if len(compared) > 1:
         tables.side_by_side(compared)
 
 
 def do_stage(given: argparse.Namespace) -> int:
-    """Compute a stage; an evaluation is added to the history."""
+    """Compute a stage; an evaluation, and what the stage took, are added to the history."""
     if "DVC_STAGE" in os.environ:  # dvc started this, and whoever called dvc may have been killed with it
         from dod_pipeline import lifeline
 
         lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
-    from dod_pipeline import history, launch, stages
+    from dod_pipeline import costs, history, launch, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
     job = stages.resolve(params, given.stage, given.key)
+    if job.stage == "report":  # the one stage that dod_models knows nothing of
+        from dod_pipeline import report
+
+        report.write(job)
+        return 0
+    started = time.monotonic()
     code = launch.run(job)
-    if code == 0 and given.stage in ("metrics", "sweeps"):
+    if code != 0:
+        return code
+    seconds = time.monotonic() - started
+    costs.append(job, seconds=seconds, device=launch.device_name(), processes=launch.processes_of(job.stage))
+    if job.stage in ("metrics", "sweeps"):
         for record in history.records(params, job):
             history.append(record)
-    if code == 0 and given.stage == "train":
+    if job.stage == "train":
         artifact.write_json(Path("curves", f"{given.key}.json"), stages.training_curve(job))  # for `dvc plots`
-    return code
+    return 0
+
+
+def do_report(given: argparse.Namespace) -> int:
+    """`dvc repro` of the report alone: what it reads must be there."""
+    from dod_pipeline import dvc_repo, report, stages
+    from dod_pipeline.config import load_params
+
+    job = stages.resolve(load_params(), "report", given.experiment)
+    report.open_subject(job)  # before dvc removes the old page
+    with dvc_repo.alone():
+        dvc_repo.repro_one(dvc_repo.address(job.stage, job.key), root=Path())
+    print(f"report: {job.out}")
+    return 0
 
 
 def do_status(given: argparse.Namespace) -> int:
@@ -167,6 +200,8 @@ def do_history(given: argparse.Namespace) -> int:
     from dod_pipeline import history, tables
 
     filters = {name: getattr(given, name) for name in ("experiment", "checkpoint", "stage", "metric")}
+    if given.plot is not None:
+        return plot_history(given.plot, filters | {"metric": given.metric or "fid"})
     found = history.query(**filters)
     if given.format == "json":
         print(json.dumps(found, indent=1))
@@ -176,6 +211,25 @@ def do_history(given: argparse.Namespace) -> int:
         tables.history(found)
     else:
         print("no such record; `dod run EXPERIMENT` makes some")
+    return 0
+
+
+def plot_history(path: Path, filters: dict[str, str]) -> int:
+    """Draw the records that match into a PNG file."""
+    from dod_pipeline import history, ledger
+
+    if path.suffix != ".png":
+        raise ValueError(f"--plot {path}: the picture is a PNG; name it FILE.png")
+    found = history.query(ledger.HISTORY, **filters)
+    if not found:
+        raise ValueError("no such record; `dod history` lists what there is, `dod run EXPERIMENT` makes some")
+    series, floors = history.over_steps(found)
+    from dod_pipeline import plots  # late: what can't be plotted needs no matplotlib
+
+    picture = plots.png(plots.over_steps(series, floors, metric=filters["metric"], title=history.setting(found)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture)
+    print(f"wrote {path}")
     return 0
 
 

@@ -102,6 +102,16 @@ class Params(Frozen):
         found = {name: c for name, c in self.checkpoints.items() if c.experiment == experiment}
         return dict(sorted(found.items(), key=lambda item: item[1].step))
 
+    def only(self, experiment: str) -> "Params":
+        """The part that concerns one experiment: its data set and its checkpoints, without sweeps."""
+        found = self.experiments[experiment]
+        return Params(
+            datasets={found.data: self.datasets[found.data]},
+            experiments={experiment: found},
+            checkpoints=self.checkpoints_of(experiment),
+            evaluation=self.evaluation,
+        )
+
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and check params.yaml; a ValueError names file, key, value and remedy."""

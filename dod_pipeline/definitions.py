@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import dagster as dg
 
-from dod_pipeline import checks, history, stages
+from dod_pipeline import checks, ledger, stages
 from dod_pipeline.config import Params, load_params
 from dod_pipeline.dvc_assets import Extras, Pipeline
 from dod_pipeline.dvc_graph import Graph, Instance
@@ -88,7 +88,7 @@ def markdown(png: bytes) -> dg.MarkdownMetadataValue:
 
 def run_tags() -> dict[str, str]:
     """Tags of a run that makes something: the commit of the code."""
-    commit = history.current_commit()
+    commit = ledger.current_commit()
     return {} if commit is None else {"dod/commit": commit}
 
 

@@ -1,8 +1,6 @@
 """Append-only history: one immutable JSON record per evaluation, read with DuckDB."""
 
 import json
-import os
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +10,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, Po
 from dod_models import artifact
 from dod_models.config import Frozen
 from dod_pipeline.config import Params
+from dod_pipeline.ledger import HISTORY, current_commit, write_once
 from dod_pipeline.stages import Job
-
-HISTORY = Path("history")
 
 
 class Named(BaseModel):
@@ -47,29 +44,6 @@ class Record(Frozen):
     weights: str | None  # sha256 of the averaged weights; of the codec's manifest for its floor
     data: str  # sha256 of the data set's manifest
     commit: str | None  # of the code; "-dirty" where files were changed
-
-
-CODE = (
-    "dod_models",
-    "dod_pipeline",
-    "params.yaml",
-    "dvc.yaml",
-)  # what a commit must hold for its numbers to be its own
-
-
-def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run git here."""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True)
-
-
-def current_commit() -> str | None:
-    """The commit of the working folder, with "-dirty" where code or settings differ from it; None outside of git."""
-    try:
-        head = git("rev-parse", "HEAD")
-        dirty = git("diff", "--quiet", "HEAD", "--", *CODE).returncode != 0
-    except FileNotFoundError:
-        return None
-    return head.stdout.strip() + "-dirty" * dirty if head.returncode == 0 else None
 
 
 def sampler_name(sampling: dict[str, Any]) -> str:
@@ -133,15 +107,7 @@ def records(params: Params, job: Job) -> list[Record]:
 
 def append(record: Record, root: Path = HISTORY) -> Path:
     """Write a record; FileExistsError rather than change one that is there."""
-    folder = root / record.experiment
-    folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / f"{record.id}.json", folder / f".{record.id}.{os.getpid()}.partial"
-    partial.write_text(record.model_dump_json(indent=1) + "\n")
-    try:
-        os.link(partial, path)
-    finally:
-        partial.unlink()
-    return path
+    return write_once(root / record.experiment, record.id, record)
 
 
 def query(
@@ -170,3 +136,60 @@ def query(
     if metric not in known:
         raise ValueError(f"--metric {metric!r}: no such record has it; they have {', '.join(known)}")
     return [row | {"metrics": {metric: row["metrics"][metric]}} for row in found if metric in row["metrics"]]
+
+
+SETTING = ("extractor", "reference", "num_samples")  # where these differ, numbers must not be compared
+
+
+def texts(record: dict[str, Any]) -> dict[str, str]:
+    """What must be equal for two records to be compared, in words."""
+    extractor = f"{record['extractor']['name']} ({record['extractor']['digest'][:12]})"
+    return {"extractor": extractor, "reference": record["reference"][:12], "num_samples": str(record["num_samples"])}
+
+
+def setting(found: list[dict[str, Any]]) -> str:
+    """In what comparable records were measured."""
+    return f"{found[0]['num_samples']:,} images, {found[0]['extractor']['name']}"
+
+
+def check_comparable(found: list[dict[str, Any]]) -> None:
+    """ValueError that says what differs between the records, and which filter of `query` would separate them."""
+    differing = [name for name in SETTING if len({texts(row)[name] for row in found}) > 1]
+    if not differing:
+        return
+    values = {name: sorted({texts(row)[name] for row in found}) for name in differing}
+    what = "; ".join(f"{name} is {' or '.join(known)}" for name, known in values.items())
+    remedies = []
+    for name in ("experiment", "checkpoint", "stage"):
+        groups: dict[str, set[tuple[str, ...]]] = {}
+        for row in found:
+            groups.setdefault(str(row[name]), set()).add(tuple(texts(row).values()))
+        if len(groups) > 1 and all(len(kinds) == 1 for kinds in groups.values()):
+            remedies.append(f"--{name} ({', '.join(sorted(groups))})")
+    remedy = f"separate them with {' or '.join(remedies)}" if remedies else "no filter separates all of them"
+    raise ValueError(f"these {len(found)} records must not be compared: {what}; {remedy}")
+
+
+def over_steps(found: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
+    """Records of one metric -> points (step, value) of each series, and floors, for `plots.over_steps`.
+
+    A series is a stage under one setting: experiment, guidance, sampler and seed are named where they differ. Of equal
+    ones at a step the newest counts; so does the newest floor of an experiment.
+    """
+    check_comparable(found)
+    series: dict[str, dict[int, float]] = {}
+    floors: dict[str, float] = {}
+    for row in found:  # oldest first
+        alike = [other for other in found if other["stage"] == row["stage"]]
+        fields = [name for name in ("experiment", "guidance", "sampler", "seed") if len({o[name] for o in alike}) > 1]
+        if not isinstance(row["stage"], int) and len({tuple(other["metrics"].values()) for other in alike}) == 1:
+            fields = []  # the same floor under all of them
+        (value,) = row["metrics"].values()
+        told = "".join(f", {row[n]}" if n in ("experiment", "sampler") else f", {n} {row[n]}" for n in fields)
+        if isinstance(row["stage"], int):
+            series.setdefault(f"stage {row['stage']}{told}", {})[row["step"]] = value
+        else:
+            floors[{"floor": "held-out"}.get(row["stage"], row["stage"]) + told] = value
+    if not series:
+        raise ValueError("only floors match, which have no step; leave --stage out")
+    return {name: sorted(points.items()) for name, points in series.items()}, floors

@@ -14,14 +14,20 @@ from dod_pipeline.stages import Job
 PROCESSES = "DOD_PROCESSES"  # environment: how many processes train, e.g. one for each GPU
 
 
-def run(job: Job) -> int:
-    """Run the job on this machine; returns its exit status."""
+def processes_of(stage: str) -> int:
+    """How many processes compute a stage; only training is split."""
     processes = os.environ.get(PROCESSES, "1")
     if not processes.isdecimal() or int(processes) < 1:
         raise ValueError(f"{PROCESSES}={processes!r}: must be a number of processes, 1 or more")
-    if job.stage != "train" or int(processes) == 1:
+    return int(processes) if stage == "train" else 1
+
+
+def run(job: Job) -> int:
+    """Run the job on this machine; returns its exit status."""
+    processes = processes_of(job.stage)
+    if processes == 1:
         return cli.main(job.arguments())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     worker = held([sys.executable, "-m", "dod_models.cli", *job.arguments()])
     environment = os.environ if has_gpus() else os.environ | {"ACCELERATE_USE_CPU": "true"}
     return subprocess.run(held([*launcher, "--no-python", *worker]), env=environment).returncode
@@ -32,3 +38,10 @@ def has_gpus() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def device_name() -> str:
+    """The GPU that torch would use, or "cpu"."""
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"

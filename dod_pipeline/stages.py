@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from dod_models.artifact import MANIFEST
 from dod_models.cli import STAGES as COMPUTATIONS
 from dod_models.config import Frozen
 from dod_pipeline.config import Params, Settings
 
 BY_DATASET = ("dataset", "reference", "codec", "latents")
-BY_EXPERIMENT = ("train",)
+BY_EXPERIMENT = ("train", "report")
 BY_CHECKPOINT = ("stage1", "stage2", "metrics", "sweeps")
-ORDER = BY_DATASET + BY_EXPERIMENT + BY_CHECKPOINT
-LAST = "metrics"  # of what `dod run` makes unless told otherwise
+ORDER = (*BY_DATASET, "train", "stage1", "stage2", "metrics", "report", "sweeps")
+LAST = "report"  # of what `dod run` makes unless told otherwise
 
 
 class Job(NamedTuple):
@@ -26,7 +27,7 @@ class Job(NamedTuple):
     facts: Path | None  # None: the output is the numbers
 
     def arguments(self) -> list[str]:
-        """The command line of dod_models.cli."""
+        """The command line of dod_models.cli, which knows every stage but the report."""
         paths = [part for name, path in self.inputs.items() for part in (f"--{name}", str(path))]
         facts = [] if self.facts is None else ["--facts", str(self.facts)]
         return [self.stage, "--config", self.config.model_dump_json(), "--out", str(self.out), *paths, *facts]
@@ -55,8 +56,10 @@ def settings(params: Params, stage: str, key: str) -> Settings:
     if stage in BY_DATASET:
         found: Settings = getattr(params.datasets[key], stage)
         return found
-    if stage in BY_EXPERIMENT:
+    if stage == "train":
         return params.experiments[key].train
+    if stage == "report":
+        return params.only(key).model_dump()
     if stage == "metrics":
         return params.evaluation
     experiment = params.experiments[params.checkpoints[key].experiment]
@@ -73,7 +76,9 @@ def paths(params: Params, stage: str, key: str) -> tuple[dict[str, Path], Path, 
     if stage in BY_DATASET:
         inputs = {name: Path(name, key) for name in COMPUTATIONS[stage].inputs}
         return inputs, Path(stage, key), facts
-    if stage in BY_EXPERIMENT:
+    if stage == "report":
+        return shown(params.experiments[key].data, key), Path(stage, f"{key}.html"), None
+    if stage == "train":
         latents = Path("latents", params.experiments[key].data)
         return {"latents": latents, "state": Path(".state", stage, key)}, Path(stage, key), facts
     item = params.checkpoints[key]
@@ -92,10 +97,19 @@ def paths(params: Params, stage: str, key: str) -> tuple[dict[str, Path], Path, 
     return inputs, samples / stage, Path("facts", stage, f"{key}.json")
 
 
+def shown(data: str, experiment: str) -> dict[str, Path]:
+    """What a report reads: manifests and facts, and the experiment's own folders of samples and metrics."""
+    keys = {name: data for name in BY_DATASET} | {"train": experiment}
+    manifests = {name: Path(name, key, MANIFEST) for name, key in keys.items()}
+    facts = {f"{name}_facts": Path("facts", name, f"{key}.json") for name, key in keys.items()}
+    folders = {name: Path(name, experiment) for name in ("samples", "metrics")}
+    return {**manifests, **facts, **folders, "curve": Path("curves", f"{experiment}.json")}
+
+
 def resolve(params: Params, stage: str, key: str) -> Job:
     """The job of a stage instance, its settings checked by their config class (this imports torch)."""
     check_key(params, stage, key)
-    config_class, _ = COMPUTATIONS[stage].load()
+    config_class = Params if stage == "report" else COMPUTATIONS[stage].load()[0]
     place = f"params.yaml: {stage} of {key}"
     return Job(stage, key, config_class.parse(settings(params, stage, key), place=place), *paths(params, stage, key))
 
@@ -114,5 +128,6 @@ def instances(params: Params, experiment: str, until: str) -> list[tuple[str, st
     data, checkpoints = params.experiments[experiment].data, list(params.checkpoints_of(experiment))
     keys = {stage: [data] for stage in BY_DATASET} | {stage: [experiment] for stage in BY_EXPERIMENT}
     keys |= {stage: checkpoints for stage in BY_CHECKPOINT} | {"sweeps": [c for c in checkpoints if c in params.sweeps]}
+    keys |= {"report": [experiment] if checkpoints else []}  # without an evaluation there is nothing to report
     wanted = ORDER[: ORDER.index(until) + 1]
     return [(stage, key) for stage in wanted for key in keys[stage]]

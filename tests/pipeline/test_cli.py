@@ -14,7 +14,20 @@ from dod_pipeline import cli, dvc_repo
 from . import project as tiny
 from .project import SOURCE, Project
 
-HEAVY = {"torch", "numpy", "diffusers", "accelerate", "pandas", "duckdb", "pydantic", "yaml", "rich", "dagster", "PIL"}
+HEAVY = {
+    "torch",
+    "matplotlib",
+    "numpy",
+    "diffusers",
+    "accelerate",
+    "pandas",
+    "duckdb",
+    "pydantic",
+    "yaml",
+    "rich",
+    "dagster",
+    "PIL",
+}
 Enter = Callable[[Project], None]
 Captured = pytest.CaptureFixture[str]
 
@@ -46,7 +59,7 @@ print(json.dumps(sorted(sys.modules)))
 
 def test_help_names_every_command():
     done = subprocess.run([str(tiny.BIN / "dod"), "--help"], capture_output=True, text=True, check=True)
-    for command in ("run", "stage", "status", "models", "history", "generate", "accept"):
+    for command in ("run", "stage", "report", "status", "models", "history", "generate", "accept"):
         assert f"    {command} " in done.stdout
 
 
@@ -64,6 +77,9 @@ def test_listing_commands_do_without_torch(bare: Project):
         (["stage", "trian", "tiny"], "dod: stage 'trian' is unknown; choose one of dataset, "),
         (["stage", "train", "a; rm"], "dod: train: key 'a; rm' is not in params.yaml; it has tiny"),
         (["generate", "tiny-7", "--class", "0"], "dod: stage1: key 'tiny-7' is not in params.yaml; it has tiny-6"),
+        (["report", "tony"], "dod: report: key 'tony' is not in params.yaml; it has tiny"),
+        (["history", "--plot", "fid.jpg"], "dod: --plot fid.jpg: the picture is a PNG; name it FILE.png"),
+        (["history", "--plot", "fid.png"], "dod: no such record; `dod history` lists what there is"),
         (["history", "--metric", "fdi"], None),
     ],
 )

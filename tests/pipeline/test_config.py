@@ -141,7 +141,9 @@ def test_an_unknown_experiment_stage_or_key_lists_what_there_is(values: dict[str
     loaded = Params.parse(values, place="params.yaml")
     with pytest.raises(ValueError, match=r"experiment 'tony' is not in params.yaml; it has tiny"):
         stages.instances(loaded, "tony", "metrics")
-    with pytest.raises(ValueError, match=r"--until 'metric' is unknown; choose one of dataset, .*metrics, sweeps"):
+    with pytest.raises(
+        ValueError, match=r"--until 'metric' is unknown; choose one of dataset, .*metrics, report, sweeps"
+    ):
         stages.instances(loaded, "tiny", "metric")
     with pytest.raises(ValueError, match="stage 'trian' is unknown; choose one of dataset"):
         stages.check_key(loaded, "trian", "tiny")
@@ -156,4 +158,4 @@ def test_an_experiment_s_stages_are_its_own_and_in_order(values: dict[str, Any])
     found = stages.instances(Params.parse(values, place="params.yaml"), "tiny", "sweeps")
     shared = [(stage, "tiny") for stage in ("dataset", "reference", "codec", "latents", "train")]
     own = [(stage, key) for stage in ("stage1", "stage2", "metrics") for key in ("tiny-2", "tiny-6")]
-    assert found == [*shared, *own, ("sweeps", "tiny-6")]
+    assert found == [*shared, *own, ("report", "tiny"), ("sweeps", "tiny-6")]

@@ -164,5 +164,5 @@ def test_a_conflict_in_dvc_lock_is_named_with_its_line(toy: Project):
     lock = toy.root / dvc_graph.DVC_LOCK
     lines = lock.read_text().splitlines(keepends=True)
     lock.write_text("".join([*lines[:3], "<<<<<<< HEAD\n", *lines[3:5], "=======\n", ">>>>>>> other\n", *lines[5:]]))
-    with pytest.raises(ValueError, match="dvc.lock, line 4: git left a conflict here.*checkout --ours dvc.lock"):
+    with pytest.raises(ValueError, match=r"dvc\.lock, line 4: git left a conflict here.*checkout --ours dvc.lock"):
         Graph(toy.root).recorded()

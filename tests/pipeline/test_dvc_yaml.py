@@ -14,11 +14,14 @@ import yaml
 from dod_models.cli import STAGES
 from dod_pipeline import stages
 from dod_pipeline.config import Params
+from dod_pipeline.report import TEMPLATE
 
 from .project import SOURCE, Project
 
 RAW: dict[str, Any] = yaml.safe_load((SOURCE / "params.yaml").read_text())
 GRAPH: dict[str, Any] = yaml.safe_load((SOURCE / "dvc.yaml").read_text())["stages"]
+PACKAGES = ("dod_models", "dod_pipeline")
+MODULES = {name: f"dod_models.{stage.module}" for name, stage in STAGES.items()} | {"report": "dod_pipeline.report"}
 STRUCTURE = {"experiment", "data", "step"}  # these name paths, which are dependencies, and configure nothing
 
 
@@ -48,12 +51,22 @@ def names(entries: list[Any]) -> set[str]:
     return {path for entry in entries for path in ([entry] if isinstance(entry, str) else entry)}
 
 
+def outputs(instance: dict[str, Any]) -> set[str]:
+    """Everything that a stage instance writes."""
+    return {path for kind in ("outs", "metrics", "plots") for path in names(instance.get(kind, []))}
+
+
 @cache
 def closure(module: str) -> set[str]:
-    """Files of dod_models that a module imports, directly or not, and its own."""
-    graph = grimp.build_graph("dod_models", cache_dir=None, exclude_type_checking_imports=True)
-    modules = graph.find_upstream_modules(f"dod_models.{module}") | {f"dod_models.{module}"}
-    return {f"{name.replace('.', '/')}.py" for name in modules if name != "dod_models"}
+    """Files of both packages that a module imports, directly or not, and its own."""
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None, exclude_type_checking_imports=True)
+    modules = graph.find_upstream_modules(module) | {module}
+    return {f"{name.replace('.', '/')}.py" for name in modules if name not in PACKAGES}
+
+
+def sources(instance: dict[str, Any]) -> set[str]:
+    """The dependencies that are code; the rest is data."""
+    return {dep for dep in instance["deps"] if Path(dep).parts[0] in PACKAGES}
 
 
 INSTANCES = expand(RAW)
@@ -63,21 +76,27 @@ ADDRESSES = pytest.mark.parametrize(
 
 
 def test_the_stages_are_those_of_the_code_in_a_possible_order():
-    assert set(GRAPH) == set(stages.ORDER) == set(STAGES) - {"generate"}
+    assert set(GRAPH) == set(stages.ORDER) == set(MODULES) - {"generate"}
     made: set[str] = set()
     for name in stages.ORDER:
         for instance in (i for (stage, _), i in INSTANCES.items() if stage == name):
-            data = {dep for dep in instance["deps"] if not dep.endswith(".py")}
-            missing = {dep for dep in data if not any(Path(dep).is_relative_to(out) for out in made)}
+            data = set(instance["deps"]) - sources(instance)
+            missing = {dep for dep in data if not any(within(dep, out) or within(out, dep) for out in made)}
             assert not missing, f"{name} comes before the stage that makes {missing}"
-        made |= {out for (stage, _), i in INSTANCES.items() if stage == name for out in names(i.get("outs", []))}
+        made |= {out for (stage, _), i in INSTANCES.items() if stage == name for out in outputs(i)}
+
+
+def within(path: str, folder: str) -> bool:
+    """Whether a path is the folder or lies in it."""
+    return Path(path).is_relative_to(folder)
 
 
 @pytest.mark.parametrize("name", stages.ORDER)
 def test_a_stage_depends_on_exactly_the_modules_that_it_imports(name: str):
-    stated = [dep for dep in GRAPH[name]["do"]["deps"] if dep.endswith(".py")]
-    assert set(stated) == closure(STAGES[name].module)
-    assert len(stated) == len(set(stated))
+    deps = GRAPH[name]["do"]["deps"]
+    template = {f"dod_pipeline/{TEMPLATE}"} if name == "report" else set()
+    assert sources(GRAPH[name]["do"]) == closure(MODULES[name]) | template
+    assert len(deps) == len(set(deps))
 
 
 def test_an_edit_of_the_evaluation_does_not_retrain():
@@ -89,10 +108,12 @@ def test_an_edit_of_the_evaluation_does_not_retrain():
 def test_a_stage_reads_and_writes_the_paths_of_the_code(stage: str, key: str):
     params, instance = Params.parse(RAW, place="params.yaml"), INSTANCES[stage, key]
     inputs, out, facts = stages.paths(params, stage, key)
-    stated = {dep for dep in instance["deps"] if not dep.endswith(".py")}
+    stated = set(instance["deps"]) - sources(instance)
     assert stated == {str(path) for name, path in inputs.items() if name != "state"}
     assert instance["cmd"] == f"dod stage {stage} {key}"
-    if facts is None:  # the output is the numbers
+    if stage == "report":  # without numbers of its own
+        assert outputs(instance) == {str(out)}
+    elif facts is None:  # the output is the numbers
         assert names(instance["metrics"]) == {str(out)} and "outs" not in instance
     else:
         assert names(instance["outs"]) == {str(out)} and names(instance["metrics"]) == {str(facts)}
@@ -131,6 +152,5 @@ def test_dvc_expands_the_stages_as_this_file_does(built: Project):
     for (stage, key), instance in tiny.items():
         found = lock[f"{stage}@{key}"]
         assert {dep["path"] for dep in found["deps"]} == set(instance["deps"])
-        outs = [*instance.get("outs", []), *instance["metrics"], *instance.get("plots", [])]
-        assert {out["path"] for out in found["outs"]} == names(outs)
+        assert {out["path"] for out in found["outs"]} == outputs(instance)
         assert set(found["params"]["params.yaml"]) == set(instance["params"])

@@ -48,7 +48,7 @@ def test_the_printed_numbers_are_those_of_the_metrics_file(built: Project):
 def test_a_second_run_says_so_and_changes_no_file(shared: Project):
     before = shared.files()
     printed = shared.dod("run", "tiny").stdout
-    assert printed.startswith("Nothing to do: all 8 stages of tiny are up to date.")
+    assert printed.startswith("Nothing to do: all 9 stages of tiny are up to date.")
     assert "checkpoint tiny-6" in printed
     assert shared.files() == before
 
@@ -101,6 +101,7 @@ def test_two_runs_at_once_take_turns_and_equal_the_first_to_the_bit(built: Proje
     waited = [out for out, _ in printed if out.startswith("another dod is running stages in")]
     assert len(waited) == 1 and "Nothing to do" in waited[0]
     found = project.outs()
+    assert found.pop("report/tiny.html") is not None  # shows seconds, the one thing that differs
     assert found == {path: md5 for path, md5 in built.outs().items() if path in found}
     assert len(found) == 7 + 7 + 2  # folders, facts, metrics, curve
 
@@ -124,7 +125,8 @@ def test_evaluating_another_saved_step_does_not_retrain(own: Project):
 def test_a_changed_guidance_leaves_training_and_stage_1_alone(own: Project):
     change(own, lambda v: v["experiments"]["tiny"]["stage2"].update(guidance=4.0))
     stale = json.loads(own.dvc("status", "--json").stdout)
-    assert set(stale) == {"stage2@tiny-6", "sweeps@tiny-6"}  # metrics follow when stage 2's samples are new
+    # metrics follow when stage 2's samples are new; the report shows the settings themselves
+    assert set(stale) == {"stage2@tiny-6", "sweeps@tiny-6", "report@tiny"}
 
 
 def test_an_edit_of_the_evaluation_leaves_training_and_samples_alone(own: Project):

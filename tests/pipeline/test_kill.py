@@ -129,3 +129,11 @@ def test_dvc_goes_on_after_a_kill_and_records_the_same_outputs(own: Project, ins
     assert "train: going on from step 2" in printed
     assert own.outs() == before
     own.dvc("status", "-q")
+
+
+def test_a_report_that_was_killed_half_way_leaves_the_old_page(own: Project, inside: Enter):
+    inside(own)
+    before = content(target_of("report"))
+    kill(own, "open", "/.tiny.html.partial", "report")
+    assert content(target_of("report")) == before != {}
+    assert cli.main(["stage", "report", "tiny"]) == 0

@@ -1,0 +1,203 @@
+"""Figures show the numbers they were given, equal figures have equal bytes, and what must not be compared isn't."""
+
+import io
+import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dod_pipeline import cli, history, ledger, plots
+
+from .test_history import SHA, record
+
+ROWS = [{"step": 50, "loss": 1.9, "samples": 3200}, {"step": 100, "loss": 0.5, "samples": 6400}]
+STAGES = {"stage 1": [(100, 2.0), (200, 1.5)], "stage 2": [(200, 0.5), (100, 1.0)]}
+FLOORS = {"held-out": 0.04, "codec": 0.08}
+PLANE = {"stage 1": [(100, 0.6, 0.7)], "stage 2": [(100, 0.8, 0.65)]}
+
+
+def figures() -> dict[str, Figure]:
+    return {
+        "loss": plots.loss_curve(ROWS),
+        "fid": plots.over_steps(STAGES, FLOORS, metric="fid"),
+        "plane": plots.precision_recall(PLANE, {"held-out": (0.9, 0.9)}),
+    }
+
+
+def lines(figure: Figure) -> list[list[tuple[float, float]]]:
+    """The points of every line of the first axes."""
+    return [list(map(tuple, np.asarray(line.get_xydata()).tolist())) for line in figure.axes[0].get_lines()]
+
+
+def texts(figure: Figure) -> set[str]:
+    return {text.get_text() for text in figure.axes[0].texts}
+
+
+@pytest.mark.parametrize("kind", ["loss", "fid", "plane"])
+def test_equal_figures_have_equal_bytes(kind: str):
+    one, two = figures()[kind], figures()[kind]
+    assert plots.png(one) == plots.png(two)
+    assert plots.svg(one) == plots.svg(two)
+    assert plots.png(one) == plots.png(one)  # saving changes nothing
+
+
+def test_a_picture_is_a_whole_file_of_its_kind():
+    figure = figures()["fid"]
+    with Image.open(io.BytesIO(plots.png(figure))) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300 and len(picture.getcolors(1 << 24) or []) > 20
+    assert ElementTree.fromstring(plots.svg(figure)).tag.endswith("svg")
+
+
+def test_the_loss_curve_draws_the_rows_and_names_the_last_value():
+    figure = plots.loss_curve(ROWS)
+    assert lines(figure) == [[(50, 1.9), (100, 0.5)]]
+    assert texts(figure) == {"0.500"}
+
+
+def test_a_metric_over_steps_draws_each_stage_in_order_and_each_floor_across():
+    figure = plots.over_steps(STAGES, FLOORS, metric="fid")
+    assert sorted(lines(figure)) == sorted(
+        [[(0, 0.04), (1, 0.04)], [(0, 0.08), (1, 0.08)], [(100, 2.0), (200, 1.5)], [(100, 1.0), (200, 0.5)]]
+    )
+    styles = {line.get_ydata()[0]: line.get_linestyle() for line in figure.axes[0].get_lines()}  # type: ignore[index]
+    assert (styles[0.04], styles[0.08]) == ("--", ":")  # apart from each other without colour
+    assert texts(figure) == {"held-out  0.040", "codec  0.080", "● stage 1  1.500", "■ stage 2  0.500"}
+    assert figure.axes[0].get_ylabel() == "FID"
+
+
+def test_a_single_step_stands_in_the_middle_of_its_axis():
+    figure = plots.over_steps({"stage 1": [(1500, 1.4)]}, FLOORS, metric="fid")
+    left, right = figure.axes[0].get_xlim()
+    assert (left + right) / 2 == 1500 and left < right
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["1,500"]
+
+
+@pytest.mark.parametrize(
+    "metric, top, scale",
+    [("fid", 4.0, "log"), ("fid", 0.1, "linear"), ("precision", 0.9, "linear")],  # above a floor of 0.04
+)
+def test_a_wide_span_is_logarithmic_and_a_rate_never(metric: str, top: float, scale: str):
+    figure = plots.over_steps({"stage 1": [(1, top)]}, {"held-out": 0.04}, metric=metric)
+    assert figure.axes[0].get_yscale() == scale
+
+
+def test_the_plane_has_recall_to_the_right_and_precision_upwards():
+    figure = plots.precision_recall({"stage 1": [(200, 0.6, 0.7), (100, 0.5, 0.8)]}, {"held-out": (0.9, 0.85)})
+    path, newest, floor = figure.axes[0].get_lines()
+    assert lines(figure) == [[(0.8, 0.5), (0.7, 0.6)], [(0.7, 0.6)], [(0.85, 0.9)]]
+    assert path.get_markerfacecolor() == "white" and newest.get_markerfacecolor() == newest.get_color()
+    assert floor.get_linestyle() == "None"
+    assert figure.axes[0].get_xlabel().startswith("recall") and figure.axes[0].get_ylabel().startswith("precision")
+
+
+def test_labels_on_one_height_are_drawn_apart():
+    figure = plots.over_steps({f"run {n}": [(1, 1.0)] for n in range(4)}, {}, metric="fid")
+    figure.draw_without_rendering()
+    boxes = sorted(text.get_window_extent().y0 for text in figure.axes[0].texts)
+    gaps = np.diff(boxes) * 72 / figure.dpi
+    assert gaps == pytest.approx([plots.LINE] * 3, abs=1e-6)
+
+
+@given(st.lists(st.floats(0, 100), max_size=8), st.floats(0.1, 20))
+def test_spread_keeps_order_and_distance_and_moves_no_more_than_it_must(positions: list[float], gap: float):
+    found = plots.spread(positions, gap)
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    ranked, before = [found[i] for i in order], [positions[i] for i in order]
+    assert all(b - a >= gap - 1e-9 for a, b in pairwise(ranked))
+    assert sum(found) == pytest.approx(sum(positions), abs=1e-6)  # least squares leaves the mean where it was
+    if all(b - a >= gap for a, b in pairwise(before)):
+        assert found == pytest.approx(positions, abs=1e-9)
+
+
+def test_two_labels_at_one_height_move_half_a_gap_each():
+    assert plots.spread([5.0, 5.0, 40.0], 4.0) == [3.0, 7.0, 40.0]
+
+
+@pytest.mark.parametrize("call", [lambda: plots.loss_curve([]), lambda: plots.over_steps({}, FLOORS, metric="fid")])
+def test_nothing_to_plot_is_an_error(call: Any):
+    with pytest.raises(ValueError, match="nothing to plot"):
+        call()
+
+
+def put(**changes: Any) -> None:
+    """A record in the current folder's history."""
+    history.append(record(**changes))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a history of two steps."""
+    monkeypatch.chdir(tmp_path)
+    for step in (4, 6):
+        for stage, fid in (("floor", 0.1), ("codec", 0.2), (1, 12.0 - step), (2, 9.0 - step)):
+            put(id=f"{step}-{stage}", step=step, checkpoint=f"tiny-{step}", stage=stage, metrics={"fid": fid})
+    return tmp_path
+
+
+def selected(**filters: str) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
+    return history.over_steps(history.query(ledger.HISTORY, metric="fid", **filters))
+
+
+def test_records_become_series_by_stage_and_floors(here: Path):
+    assert selected() == (
+        {"stage 1": [(4, 8.0), (6, 6.0)], "stage 2": [(4, 5.0), (6, 3.0)]},
+        {"held-out": 0.1, "codec": 0.2},
+    )
+
+
+def test_other_settings_of_a_stage_are_a_series_of_their_own_and_the_newest_of_equal_ones_counts(here: Path):
+    put(id="z", stage=2, guidance=4.0, metrics={"fid": 2.0})
+    put(id="zz", stage=1, metrics={"fid": 5.5})
+    series, _ = selected()
+    assert series["stage 2, guidance 4.0"] == [(6, 2.0)]
+    assert series["stage 2, guidance 1.0"] == [(4, 5.0), (6, 3.0)]
+    assert series["stage 1"] == [(4, 8.0), (6, 5.5)]
+
+
+def test_history_plot_writes_the_picture(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["history", "--plot", "new/fid.png", "--experiment", "tiny"]) == 0
+    assert capsys.readouterr().out == "wrote new/fid.png\n"
+    series, floors = selected()
+    title = "70 images, small-net-64"
+    assert Path("new/fid.png").read_bytes() == plots.png(plots.over_steps(series, floors, metric="fid", title=title))
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"num_samples": 50}, "num_samples is 50 or 70"),
+        ({"reference": "f" * 64}, "reference is 0123456789ab or ffffffffffff"),
+        (
+            {"extractor": {"name": "inception", "digest": SHA}},
+            "extractor is inception (0123456789ab) or small-net-64 (",
+        ),
+    ],
+)
+def test_what_must_not_be_compared_is_not_drawn_together(
+    here: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], what: str
+):
+    put(id="z", experiment="other", checkpoint="other-6", **changes)
+    assert cli.main(["history", "--plot", "fid.png"]) == 1
+    message = capsys.readouterr().err
+    assert f"these 9 records must not be compared: {what}" in message
+    assert "separate them with --experiment (other, tiny) or --checkpoint (other-6, tiny-4, tiny-6)\n" in message
+    assert not Path("fid.png").exists()
+    assert cli.main(["history", "--plot", "fid.png", "--experiment", "tiny"]) == 0
+
+
+def test_where_no_filter_separates_the_message_says_so(here: Path):
+    put(id="z", num_samples=50, metrics={"fid": 1.0})
+    with pytest.raises(ValueError, match="num_samples is 50 or 70; no filter separates all of them"):
+        selected()
+
+
+def test_floors_alone_have_no_step(here: Path):
+    with pytest.raises(ValueError, match="only floors match, which have no step; leave --stage out"):
+        selected(stage="floor")

@@ -1,0 +1,264 @@
+"""The report says what the files say, and needs nothing else."""
+
+import html
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dod_models import artifact
+from dod_pipeline import cli, report, stages
+from dod_pipeline.config import load_params
+
+from . import project as tiny
+from .project import Project
+
+Enter = Callable[[Project], None]
+Captured = pytest.CaptureFixture[str]
+PAGE = Path("report", "tiny.html")
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text as a reader sees it, white space made single."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.tags, self.parts = source, list[tuple[str, dict[str, str | None]]](), list[str]()
+        self.feed(source)
+        self.text = re.sub(r"\s+", " ", " ".join(self.parts))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+
+def write() -> Page:
+    """The page of the current folder's project, made in this process."""
+    report.write(stages.resolve(load_params(), "report", "tiny"))
+    return Page(PAGE.read_text())
+
+
+def change(project: Project, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Change params.yaml by a function of its values."""
+    values = yaml.safe_load((project.root / "params.yaml").read_text())
+    edit(values)
+    project.write_params(values)
+
+
+@pytest.fixture(scope="module")
+def page(shared: Project) -> Page:
+    """The page that `dod run` made."""
+    return Page((shared.root / PAGE).read_text())
+
+
+def test_run_names_the_page(built: Project):
+    assert (built.root.parent / "log.txt").read_text().count("\nreport: report/tiny.html\n") == 1
+
+
+def test_it_holds_every_score_as_shown_elsewhere(shared: Project, page: Page):
+    scores = artifact.read_json(shared.root / "metrics" / "tiny" / "tiny-6.json")
+    for name, row in scores.items():
+        shown = " ".join(f"{row[metric]:.3f}" for metric in ("fid", "inception_score", "precision", "recall"))
+        title = {"floor": "floor: held-out real images", "codec": "floor: the codec's reconstructions"}.get(
+            name, name.replace("stage", "stage ")
+        )
+        evaluations = f"{row['evaluations']:g}" if "evaluations" in row else "\N{EN DASH}"
+        assert f"{title} {shown} 70 {evaluations} " in page.text
+
+
+def test_it_names_the_digest_of_everything_it_rests_on(shared: Project, page: Page):
+    root = shared.root
+    files = [root / name / "tiny" / "manifest.json" for name in ("dataset", "reference", "codec", "latents", "train")]
+    files += [root / "samples" / "tiny" / "tiny-6" / stage / "manifest.json" for stage in ("stage1", "stage2")]
+    files += [root / "metrics" / "tiny" / "tiny-6.json", root / "curves" / "tiny.json"]
+    files += [root / "reference" / "tiny" / "extractor.safetensors"]
+    files += [root / "train" / "tiny" / "step-6" / "ema-0.9.safetensors"]
+    files += [root / "facts" / name / "tiny.json" for name in (*stages.BY_DATASET, "train")]
+    for path in files:
+        assert artifact.sha256_file(path) in page.text, path
+        assert path.relative_to(root).as_posix() in page.text
+
+
+def test_it_holds_settings_stated_and_defaults_and_their_digests(shared: Project, page: Page, inside: Enter):
+    inside(shared)
+    params = load_params()
+    for stage, key in stages.instances(params, "tiny", until="metrics"):
+        assert stages.resolve(params, stage, key).config.digest in page.text
+    assert " learning_rate 0.003 " in page.text  # stated
+    assert " clip 1.0 " in page.text  # a default
+    assert " model.lem.token_width 4 " in page.text
+    rows = [row for row in re.findall(r'<tr class="(\w+)"><th scope="row">([\w.]+)</th>', page.source)]
+    assert ("stated", "ema_warmup") in rows and ("default", "clip") in rows and ("stated", "model.width") in rows
+
+
+def test_it_shows_what_each_stage_took_and_the_sum(shared: Project, page: Page):
+    total = 0.0
+    for address in tiny.STAGES[:-1]:
+        (path,) = (shared.root / "history" / "costs" / address).glob("*.json")
+        cost = artifact.read_json(path)
+        total += cost["seconds"]
+        assert f"{address} {cost['seconds']:.1f} {cost['device']} 1 " in page.text
+        assert cost["commit"][:10] in page.text
+    assert f" together {total:.1f} " in page.text
+
+
+def test_gflops_of_a_sample_are_those_of_its_evaluations(shared: Project, page: Page, inside: Enter):
+    """Euler in 2 steps: 2 evaluations in stage 1, then 2 of 2 passes each, for the null label keeps the prior."""
+    inside(shared)
+    counts = report.model(report.Subject(stages.resolve(load_params(), "report", "tiny")))["gflops"]
+    one, two = ({kind: c["stage1"] * 2 for kind, c in counts.items()}, {})
+    for kind, c in counts.items():
+        two[kind] = one[kind] + c["lem"] + 4 * c["stage2"]
+    assert f"after stage 1 {one['true']:.4f} {one['paper']:.4f} " in page.text
+    assert f"after stage 2 {two['true']:.4f} {two['paper']:.4f} " in page.text
+
+
+def test_a_null_branch_without_the_prior_costs_an_evaluation_of_stage_1(own: Project, inside: Enter):
+    inside(own)
+    subject = report.Subject(stages.resolve(load_params(), "report", "tiny"))
+    path = Path("samples/tiny/tiny-6/stage2/manifest.json")
+    manifest = artifact.read_json(path)
+    manifest["about"]["sampling"]["null_branch"] = "both"
+    artifact.write_json(path, manifest)
+    found = report.per_sample(subject, "tiny-6", {"stage1": 1.0, "stage2": 10.0, "lem": 100.0})
+    assert found == {"stage1": 2.0, "stage2": 2.0 + 100.0 + 2 * 10.0 + 2 * 1.0}
+
+
+def test_it_refers_to_nothing_outside_and_runs_nothing(page: Page):
+    assert page.source.startswith("<!DOCTYPE html>")
+    assert "<script" not in page.source and "http:" not in page.source and "https:" not in page.source
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "iframe", "object", "embed", "base")
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "srcset", "action", "data"):
+                assert (value or "").startswith("data:"), (tag, name)
+    assert "@import" not in page.source and "url(" not in page.source
+
+
+def test_its_pictures_are_the_grid_and_three_figures(shared: Project, page: Page):
+    sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert sources[0] == report.image(shared.root / "samples/tiny/tiny-6/stage2/grid.png")
+    assert [source.split(";")[0] for source in sources] == ["data:image/png", *["data:image/svg+xml"] * 3]
+    assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
+
+
+def test_made_twice_it_is_the_same(own: Project, inside: Enter):
+    inside(own)
+    first = write().source
+    assert write().source == first
+
+
+def test_names_are_only_text(own: Project, inside: Enter):
+    inside(own)
+    name = '/images/<script>alert("x")</script>&amp;'
+    change(own, lambda values: values["datasets"]["tiny"]["dataset"].update(root=name))
+    page = write()
+    assert "<script" not in page.source and html.escape(name, quote=False).replace('"', "&#34;") in page.source
+    assert name in page.text
+
+
+def test_outputs_of_other_settings_are_named(own: Project, inside: Enter, page: Page):
+    assert "Made with other settings" not in page.text
+    inside(own)
+    change(own, lambda values: values["experiments"]["tiny"]["stage2"].update(guidance=4.0))
+    notice = "Made with other settings than those that params.yaml has now: stage2@tiny-6. dod run tiny brings"
+    assert notice in re.sub(" +([.,])", r"\1", write().text)
+
+
+def test_a_checkpoint_that_is_not_evaluated_yet_is_named(own: Project, inside: Enter):
+    inside(own)
+    change(own, lambda values: values["checkpoints"].update({"tiny-4": tiny.CHECKPOINT | {"step": 4}}))
+    assert "Not evaluated yet: tiny-4." in write().text
+
+
+def test_several_checkpoints_are_all_shown_and_the_newest_first(own: Project, inside: Enter):
+    inside(own)
+    change(own, lambda values: values["checkpoints"].update({"tiny-4": tiny.CHECKPOINT | {"step": 4}}))
+    shutil.copytree("samples/tiny/tiny-6", "samples/tiny/tiny-4")
+    scores = artifact.read_json(Path("metrics/tiny/tiny-6.json"))
+    scores["stage2"]["fid"] = 123.456
+    artifact.write_json(Path("metrics/tiny/tiny-4.json"), scores)
+    page = write()
+    assert "Evaluated at steps 4, 6." in page.text and "Not evaluated" not in page.text
+    assert page.text.index("tiny-4, step 4 stage 1") < page.text.index("tiny-6, step 6 stage 1")
+    assert "stage 2 123.456 " in page.text
+    assert page.text.count("floor: held-out real images") == 1  # the same for both
+    pictures = [attributes["alt"] or "" for tag, attributes in page.tags if tag == "img" and "Grid" in str(attributes)]
+    assert [re.search(r"tiny-\d", picture)[0] for picture in pictures] == ["tiny-6", "tiny-4"]  # type: ignore[index]
+    weights = artifact.sha256_file(Path("train/tiny/step-4/ema-0.9.safetensors"))
+    assert weights in page.text
+
+
+def test_other_floors_and_other_counts_stand_beside_their_own_checkpoint(own: Project, inside: Enter):
+    inside(own)
+    change(own, lambda values: values["checkpoints"].update({"tiny-4": tiny.CHECKPOINT | {"step": 4}}))
+    shutil.copytree("samples/tiny/tiny-6", "samples/tiny/tiny-4")
+    scores = artifact.read_json(Path("metrics/tiny/tiny-6.json"))
+    artifact.write_json(Path("metrics/tiny/tiny-4.json"), {n: row | {"num_samples": 50} for n, row in scores.items()})
+    job = stages.resolve(load_params(), "report", "tiny")
+    assert write().text.count("floor: held-out real images") == 2
+    both = report.figures(report.Subject(job))
+    Path("metrics/tiny/tiny-4.json").unlink()
+    assert both == report.figures(report.Subject(job))  # a score of 50 images is not drawn beside one of 70
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        (
+            "metrics/tiny/tiny-6.json",
+            "dod: metrics/tiny: no checkpoint of tiny has been evaluated; `dod run tiny` does",
+        ),
+        ("train/tiny/manifest.json", "dod: train/tiny/manifest.json: missing; `dod run tiny` makes it, `dvc pull` f"),
+        ("samples/tiny/tiny-6/stage2/grid.png", "dod: samples/tiny/tiny-6/stage2/grid.png: missing; `dod run tiny`"),
+    ],
+)
+def test_what_is_missing_is_named_with_the_command_that_makes_it(
+    own: Project, inside: Enter, capsys: Captured, missing: str, message: str
+):
+    inside(own)
+    before = PAGE.read_bytes()
+    Path(missing).unlink()
+    for command in (["report", "tiny"], ["stage", "report", "tiny"]):
+        assert cli.main(command) == 1
+        assert capsys.readouterr().err.startswith(message)
+    assert PAGE.read_bytes() == before
+
+
+def test_an_experiment_without_checkpoints_has_no_report(own: Project, inside: Enter, capsys: Captured):
+    inside(own)
+    change(own, lambda values: values.update(checkpoints={}, sweeps={}))
+    assert ("report", "tiny") not in stages.instances(load_params(), "tiny", until="report")
+    assert cli.main(["report", "tiny"]) == 1
+    assert "params.yaml: no checkpoint of tiny to report; add one, then `dod run tiny`" in capsys.readouterr().err
+
+
+def test_dod_report_fetches_or_makes_the_page_and_nothing_else(own: Project):
+    page = (own.root / PAGE).read_bytes()
+    own.run("rm", "-r", "report")
+    assert own.dod("report", "tiny").stdout.endswith("report: report/tiny.html\n")
+    assert (own.root / PAGE).read_bytes() == page  # DVC had kept it
+    path = own.root / "metrics" / "tiny" / "tiny-6.json"
+    scores = artifact.read_json(path)
+    scores["stage2"]["fid"] = 123.456
+    artifact.write_json(path, scores)
+    before = own.outs()
+    printed = own.dod("report", "tiny").stdout
+    assert re.findall("Running stage '(.*)'", printed) == ["report@tiny"]
+    assert "123.456" in (own.root / PAGE).read_text()
+    assert {path for path, md5 in own.outs().items() if before[path] != md5} == {"report/tiny.html"}
+
+
+def test_a_further_evaluation_makes_the_report_out_of_date(own: Project):
+    scores = artifact.read_json(own.root / "metrics" / "tiny" / "tiny-6.json")
+    artifact.write_json(own.root / "metrics" / "tiny" / "tiny-4.json", scores)
+    assert "report@tiny" in json.loads(own.dvc("status", "--json", "report@tiny").stdout)
