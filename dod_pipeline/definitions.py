@@ -114,4 +114,7 @@ def define(root: Path) -> tuple[Pipeline, dg.Definitions]:
     return pipeline, dg.Definitions(assets=pipeline.assets(), jobs=jobs, sensors=[pipeline.sensor()])
 
 
-pipeline, defs = define(Path())
+@dg.definitions
+def defs() -> dg.Definitions:
+    """Those of the current folder."""
+    return define(Path())[1]

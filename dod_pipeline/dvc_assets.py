@@ -216,7 +216,8 @@ class Pipeline:
 
 @contextmanager
 def pipes(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSession]:
-    """Through which a stage's process may report while it runs."""
+    """Through which a stage's process may report while it runs. DVC may have nothing to run: that needs no warning."""
+    context.log.addFilter(lambda record: "did not receive any messages" not in record.getMessage())
     injector, reader = dg.PipesTempFileContextInjector(), dg.PipesTempFileMessageReader()
     with warnings.catch_warnings():
         for own in (dg.PreviewWarning, DeprecationWarning):  # Dagster's own code calls what it warns of

@@ -1,6 +1,7 @@
 """The only file that calls dvc. It lives in an environment of its own, behind the launcher `.venv/bin/dvc`."""
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -51,13 +52,22 @@ def call(*arguments: str) -> int:
     return subprocess.run([executable(), *arguments], env=environment()).returncode
 
 
-def read(*arguments: str, root: Path = Path()) -> Any:
-    """Run dvc and parse the JSON that it prints; OSError with its message if it fails."""
-    for pause in (*RETRY_PAUSES, None):
-        done = subprocess.run([executable(), *arguments], cwd=root, env=environment(), capture_output=True, text=True)
-        if done.returncode == 0 or pause is None or not BUSY.search(done.stderr):
+def read(*arguments: str, root: Path = Path(), wait: bool = False) -> Any:
+    """Run dvc and parse the JSON that it prints; OSError with its message if it fails. It dies with this process.
+
+    While another dvc is at work it is tried again, a few times, or with `wait` for as long as that takes.
+    """
+    command = held([executable(), *arguments])
+    for attempt in itertools.count():
+        done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
+        last = attempt >= len(RETRY_PAUSES)
+        if done.returncode == 0 or not BUSY.search(done.stderr) or (last and not wait):
             break
-        time.sleep(pause)
+        if attempt == len(RETRY_PAUSES):
+            print(
+                f"another dvc is at work here; waiting for it. It says: {last_lines(done.stderr.encode())}", flush=True
+            )
+        time.sleep(RETRY_PAUSES[min(attempt, len(RETRY_PAUSES) - 1)])
     if done.returncode != 0:
         raise OSError(
             f"dvc {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip() or done.stdout.strip()}"
@@ -70,9 +80,9 @@ def address(stage: str, key: str) -> str:
     return f"{stage}@{key}"
 
 
-def status(targets: list[str], *, root: Path = Path()) -> dict[str, Any]:
+def status(targets: list[str], *, root: Path = Path(), wait: bool = False) -> dict[str, Any]:
     """What changed, by stage instance; empty where there is nothing to do."""
-    changed: dict[str, Any] = read("status", "--json", *targets, root=root)
+    changed: dict[str, Any] = read("status", "--json", *targets, root=root, wait=wait)
     return changed
 
 

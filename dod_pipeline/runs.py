@@ -8,10 +8,12 @@ from pathlib import Path
 
 import dagster as dg
 from dagster._core.execution.plan.objects import StepFailureData
+from dagster._utils.env import environ
 from sqlalchemy.exc import SQLAlchemyError
 
 from dod_pipeline import checks, dvc_repo, stages
 from dod_pipeline.config import Params
+from dod_pipeline.definitions import define
 
 HOME = "DAGSTER_HOME"
 OWNER = "dod/folder"  # tag of runs that `dod run` started: where
@@ -39,13 +41,12 @@ def home(root: Path) -> Path:
 @contextmanager
 def instance(root: Path) -> Iterator[dg.DagsterInstance]:
     """The Dagster instance of the project; what goes wrong with its storage is an OSError that names the folder."""
-    os.environ[HOME] = str(home(root))
-    os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "yes")
+    folder = str(home(root))
     try:
-        with dg.DagsterInstance.get() as found:
+        with environ({HOME: folder, "DAGSTER_DISABLE_TELEMETRY": "yes"}), dg.DagsterInstance.get() as found:
             yield found
     except (SQLAlchemyError, dg.DagsterError) as error:
-        raise OSError(f"{HOME}={os.environ[HOME]}: Dagster's storage or its dagster.yaml failed: {error}") from error
+        raise OSError(f"{HOME}={folder}: Dagster's storage or its dagster.yaml failed: {error}") from error
 
 
 def owner(root: Path) -> str:
@@ -67,13 +68,11 @@ def run(params: Params, experiments: Sequence[str], until: str, root: Path) -> l
     jobs = list(dict.fromkeys(job for name in experiments for job in stages.instances(params, name, until)))
     names = [dvc_repo.address(stage, key) for stage, key in jobs]
     with dvc_repo.alone(root):
-        changed = dvc_repo.status(names, root=root)
+        changed = dvc_repo.status(names, root=root, wait=True)
         if changed:  # an error in a late stage's settings shows before hours of training, not after
             for stage, key in jobs:
                 stages.resolve(params, stage, key)
-        from dod_pipeline import definitions
-
-        pipeline = definitions.pipeline
+        pipeline, definitions = define(root)
         with instance(root) as found:
             bury(found, root)
             pipeline.report(found, [name for name in names if name not in changed])
@@ -85,7 +84,7 @@ def run(params: Params, experiments: Sequence[str], until: str, root: Path) -> l
                 print(f"Nothing to do: all {len(names)} stages of {', '.join(experiments)} are up to date.")
             else:
                 tags = {OWNER: owner(root), "dod/experiment": ",".join(experiments)}
-                execute(found, definitions.defs, [pipeline.keys[name] for name in due], tags)
+                execute(found, definitions, [pipeline.keys[name] for name in due], tags)
     return jobs
 
 
