@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import yaml
@@ -109,10 +109,10 @@ class Project:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def start(self, *command: str, **env: str) -> subprocess.Popen[str]:
-        """Start a command without waiting for it."""
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.root, env=environment(**env), stdout=pipe, stderr=pipe, text=True)
+    def start(self, *command: str, log: IO[str] | None = None, **env: str) -> subprocess.Popen[str]:
+        """Start a command without waiting for it; it writes into pipes, or into `log`."""
+        to = log or subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.root, env=environment(**env), stdout=to, stderr=to, text=True)
 
     def run(self, *command: str, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; AssertionError with its output unless it exits with `status`."""
