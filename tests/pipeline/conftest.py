@@ -69,5 +69,6 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> Callable[[Project], None]:
     def enter(project: Project) -> None:
         monkeypatch.chdir(project.root)
         monkeypatch.setenv("PATH", tiny.environment()["PATH"])
+        monkeypatch.setenv("DAGSTER_HOME", str(project.root / "dagster_home"))
 
     return enter
