@@ -136,11 +136,11 @@ def append(record: Record, root: Path = HISTORY) -> Path:
     folder = root / record.experiment
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / f"{record.id}.json", folder / f".{record.id}.{os.getpid()}.partial"
-    partial.write_text(record.model_dump_json(indent=1) + "\n")
     try:
+        partial.write_text(record.model_dump_json(indent=1) + "\n")
         os.link(partial, path)
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     return path
 
 
