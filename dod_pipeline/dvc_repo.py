@@ -17,7 +17,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from dod_pipeline.dvc_graph import DVC_LOCK
+from dod_pipeline.dvc_graph import DVC_LOCK, check_conflict
 from dod_pipeline.dvc_wreck import is_cut_off, is_dead
 from dod_pipeline.lifeline import CALLER, held
 
@@ -80,7 +80,8 @@ def address(stage: str, key: str) -> str:
 
 
 def status(targets: list[str], *, root: Path = Path(), patient: bool = False) -> dict[str, Any]:
-    """What changed, by stage instance; empty where there is nothing to do."""
+    """What changed, by stage instance; empty where there is nothing to do. ValueError where git left a conflict."""
+    check_conflict(root / DVC_LOCK)
     changed: dict[str, Any] = read("status", "--json", *targets, root=root, patient=patient)
     return changed
 

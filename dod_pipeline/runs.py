@@ -12,6 +12,7 @@ import psutil
 from dagster._core.events import EngineEventData
 from dagster._core.execution.plan.objects import StepFailureData
 from sqlalchemy.exc import SQLAlchemyError
+from yaml import YAMLError
 
 from dod_pipeline import checks, dvc_repo, stages
 from dod_pipeline.config import Params
@@ -48,8 +49,9 @@ def instance(root: Path) -> Iterator[dg.DagsterInstance]:
     try:
         with dg.DagsterInstance.get() as found:
             yield found
-    except (SQLAlchemyError, dg.DagsterError) as error:
-        folder, cause = os.environ[HOME], getattr(error, "orig", None) or error  # without the SQL
+    except (SQLAlchemyError, YAMLError, dg.DagsterError) as error:
+        folder = os.environ[HOME]
+        cause = " ".join(str(getattr(error, "orig", None) or error).split())  # without the SQL, on one line
         room = f"{shutil.disk_usage(folder).free:,} bytes are free there"
         raise OSError(f"{HOME}={folder}: Dagster's storage or its dagster.yaml failed ({room}): {cause}") from error
 
