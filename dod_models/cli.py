@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
 
 from dod_models import artifact
 from dod_models.config import Frozen
@@ -54,7 +57,8 @@ STAGES = {
 }
 
 # What a user or a machine can cause; anything else is a bug of ours and shows its traceback.
-EXPECTED_ERRORS = (ValueError, OSError, ArithmeticError)
+EXPECTED_ERRORS = (ValueError, OSError, ArithmeticError, SafetensorError)
+FULL, ROOM = "No space left on device", 64 * 1024  # bytes: a disk with less is full
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,6 +97,11 @@ def reporting() -> Iterator[None]:
         yield
 
 
+def open_bars() -> list[Any]:
+    """The progress bars that are shown."""
+    return list(getattr(sys.modules["tqdm"].tqdm, "_instances", [])) if "tqdm" in sys.modules else []
+
+
 @contextmanager
 def following(tell: Callable[[str], None], *, seconds: float = 5.0) -> Iterator[None]:
     """Tell how far the progress bars that moved are, every 5 seconds at first, ever more seldom later."""
@@ -100,8 +109,7 @@ def following(tell: Callable[[str], None], *, seconds: float = 5.0) -> Iterator[
 
     def follow() -> None:
         while not over.wait(max(seconds, (time.monotonic() - begun) / 20)):
-            bars = sys.modules["tqdm"].tqdm if "tqdm" in sys.modules else None
-            for bar in list(getattr(bars, "_instances", [])):
+            for bar in open_bars():
                 if seen.get(id(bar)) != bar.n:
                     seen[id(bar)] = bar.n
                     tell(str(bar))
@@ -113,6 +121,17 @@ def following(tell: Callable[[str], None], *, seconds: float = 5.0) -> Iterator[
     finally:
         over.set()
         follower.join()
+
+
+def explain(error: Exception, out: Path) -> str:
+    """The error's message; on a full disk also the output's path, and the reason, which numpy doesn't give."""
+    text = str(error) or type(error).__name__
+    disk = next(folder for folder in out.absolute().parents if folder.exists())
+    if not isinstance(error, OSError | SafetensorError):
+        return text
+    if FULL in text:
+        return f"{out}: {text}"
+    return f"{out}: {text}: {FULL}" if shutil.disk_usage(disk).free < ROOM else text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,7 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
         if given.facts is not None and os.environ.get("RANK", "0") == "0":  # one of several processes writes
             artifact.write_json(given.facts, facts)
     except EXPECTED_ERRORS as error:
-        print(f"{given.stage}: {error or type(error).__name__}", file=sys.stderr)
+        for bar in open_bars():  # else the message stands in the middle of one
+            bar.close()
+        print(f"{given.stage}: {explain(error, given.out)}", file=sys.stderr)
         return 1
     print(f"{given.stage}: {json.dumps(facts)}" if given.facts else f"{given.stage}: wrote {given.out}")
     return 0

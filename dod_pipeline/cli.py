@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -79,6 +80,7 @@ def do_run(given: argparse.Namespace) -> int:
     from dod_pipeline.config import load_params
 
     params = load_params()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     jobs = runs.run(params, given.experiments, given.until, Path())
     for stage, key in jobs:
         if stage == "train":  # what DVC has recorded need not be kept twice

@@ -1,7 +1,6 @@
 """The only file that calls dvc. It lives in an environment of its own, behind the launcher `.venv/bin/dvc`."""
 
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -14,15 +13,18 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain, repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
-from dod_pipeline.dvc_graph import DVC_LOCK, check_conflict, read_yaml
+from dod_pipeline.dvc_graph import DVC_LOCK, check_conflict
+from dod_pipeline.dvc_wreck import is_cut_off, is_dead
 from dod_pipeline.lifeline import CALLER, held
 
 # How dvc says that another one holds its lock, and that a transfer broke off.
 BUSY = re.compile("acquire lock|is busy|has locked", re.IGNORECASE)
 PASSING = re.compile(f"ERROR: .*({BUSY.pattern}|failed to (push|pull|fetch|transfer)|timed? ?out)", re.IGNORECASE)
+NO_ROOM = "No possible cache link types"
 NOISE = re.compile(r"\d+%\||^WARNING: Process .* had been killed")  # tqdm's progress bars; a lock that dvc cleared
 ADVICE = re.compile(
     rb"\s*$|(Updating|Generating) lock file |To (track|enable) .*, run:|\tgit add |\tdvc config |Use `dvc push`"
@@ -52,22 +54,19 @@ def call(*arguments: str) -> int:
     return subprocess.run([executable(), *arguments], env=environment()).returncode
 
 
-def read(*arguments: str, root: Path = Path(), wait: bool = False) -> Any:
+def read(*arguments: str, root: Path = Path(), patient: bool = False) -> Any:
     """Run dvc and parse the JSON that it prints; OSError with its message if it fails. It dies with this process.
 
-    While another dvc is at work it is tried again, a few times, or with `wait` for as long as that takes.
+    Where another dvc has locked the folder: wait for it, a few seconds or, if patient, as long as it takes.
     """
-    command = held([executable(), *arguments])
-    for attempt in itertools.count():
+    command, pauses = held([executable(), *arguments]), (*RETRY_PAUSES, None)
+    for pause in chain(RETRY_PAUSES, repeat(RETRY_PAUSES[-1])) if patient else pauses:
         done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
-        last = attempt >= len(RETRY_PAUSES)
-        if done.returncode == 0 or not BUSY.search(done.stderr) or (last and not wait):
+        if done.returncode == 0 or pause is None or not BUSY.search(done.stderr):
             break
-        if attempt == len(RETRY_PAUSES):
-            print(
-                f"another dvc is at work here; waiting for it. It says: {last_lines(done.stderr.encode())}", flush=True
-            )
-        time.sleep(RETRY_PAUSES[min(attempt, len(RETRY_PAUSES) - 1)])
+        if pause == RETRY_PAUSES[0] and patient:
+            print(f"another dvc is at work in {root.absolute()}; waiting for it", flush=True)
+        time.sleep(pause)
     if done.returncode != 0:
         raise OSError(
             f"dvc {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip() or done.stdout.strip()}"
@@ -80,9 +79,10 @@ def address(stage: str, key: str) -> str:
     return f"{stage}@{key}"
 
 
-def status(targets: list[str], *, root: Path = Path(), wait: bool = False) -> dict[str, Any]:
-    """What changed, by stage instance; empty where there is nothing to do."""
-    changed: dict[str, Any] = read("status", "--json", *targets, root=root, wait=wait)
+def status(targets: list[str], *, root: Path = Path(), patient: bool = False) -> dict[str, Any]:
+    """What changed, by stage instance; empty where there is nothing to do. ValueError where git left a conflict."""
+    check_conflict(root / DVC_LOCK)
+    changed: dict[str, Any] = read("status", "--json", *targets, root=root, patient=patient)
     return changed
 
 
@@ -145,38 +145,13 @@ def take(file: IO[str], kind: int, root: Path) -> None:
 def mend(root: Path) -> None:
     """Undo what a killed dvc left half-written: its table of locks, and dvc.lock, of which `repro_one` keeps copies."""
     table, lock = root / ".dvc" / "tmp" / "rwlock", root / DVC_LOCK
-    if table.exists() and not is_json(table):
+    if table.exists() and is_dead(table):
         table.unlink()
     for copy in sorted((root / COPIES).glob("*.yaml")):
         if lock.exists() and is_cut_off(lock, copy):
             os.replace(copy, lock)
         else:
             copy.unlink()
-
-
-def is_json(path: Path) -> bool:
-    """Whether a file holds JSON."""
-    try:
-        json.loads(path.read_text())
-    except ValueError:
-        return False
-    return True
-
-
-def is_cut_off(lock: Path, copy: Path) -> bool:
-    """Whether dvc.lock has lost its end since the copy was made, for the stage that names it: is no YAML any more, or
-    holds, that stage apart, a part of the copy and nothing else."""
-    check_conflict(lock)
-    try:
-        then = read_yaml(copy).get("stages", {})
-    except ValueError:
-        return False  # was made while another dvc wrote
-    try:
-        now = read_yaml(lock).get("stages", {})
-    except ValueError:
-        return True
-    others = set(now) - {copy.stem}
-    return others < set(then) - {copy.stem} and all(now[name] == then[name] for name in others)
 
 
 def copy_lock(root: Path, target: str) -> Path:
@@ -201,18 +176,20 @@ def repro_one(target: str, *, root: Path, env: Mapping[str, str] | None = None) 
     copy = copy_lock(root, target)
     pipe, none = subprocess.PIPE, subprocess.DEVNULL
     said: deque[bytes] = deque(maxlen=64)  # blocks of what went to stderr
+    over = threading.Event()  # interrupted: what is still said of that, tracebacks at worst, is of no use
     with subprocess.Popen(
         command, cwd=root, env=variables, stdin=none, stdout=pipe, stderr=pipe, start_new_session=True
     ) as process:
         readers = [
             threading.Thread(target=forward_lines, args=(process.stdout,), daemon=True),
-            threading.Thread(target=forward, args=(process.stderr, said), daemon=True),
+            threading.Thread(target=forward, args=(process.stderr, said, over), daemon=True),
         ]
         for reader in readers:
             reader.start()
         try:
             code = process.wait()
         except BaseException:
+            over.set()
             stop(process)
             raise
         finally:
@@ -221,8 +198,12 @@ def repro_one(target: str, *, root: Path, env: Mapping[str, str] | None = None) 
                 reader.join(timeout=LAST_WORDS)
     if code >= 0:
         copy.unlink(missing_ok=True)
+    elif root.absolute() in _alone:  # before the next stage's dvc writes to what this one has cut off
+        mend(root)
     if code != 0:
         text = last_lines(b"".join(said))
+        if NO_ROOM in text:
+            text += f"\n(dvc says so on a full disk, too: {shutil.disk_usage(root).free:,} bytes are free)"
         kind = TryAgainError if PASSING.search(text) else OSError
         how = f"dvc was killed by signal {-code}" if code < 0 else f"dvc: {code}"
         raise kind(f"{target} failed ({how}): {text}")
@@ -230,18 +211,26 @@ def repro_one(target: str, *, root: Path, env: Mapping[str, str] | None = None) 
 
 def forward_lines(source: IO[bytes]) -> None:
     """Copy a process's lines to this one's stdout as they come, without what dvc advises after every stage."""
-    for line in source:
-        if not ADVICE.match(line):
-            sys.stdout.write(line.decode(errors="replace"))
-            sys.stdout.flush()
+    with suppress(OSError, ValueError):  # closed, because an interrupt came while its end was awaited
+        for line in source:
+            if not ADVICE.match(line):
+                show(sys.stdout, line)
 
 
-def forward(source: IO[bytes], said: deque[bytes]) -> None:
+def forward(source: IO[bytes], said: deque[bytes], over: threading.Event) -> None:
     """Copy a process's stderr to this one's as it comes, progress bars included, and remember the end of it."""
-    while block := os.read(source.fileno(), 4096):
-        said.append(block)
-        sys.stderr.write(block.decode(errors="replace"))
-        sys.stderr.flush()
+    with suppress(OSError, ValueError):
+        while block := os.read(source.fileno(), 4096):
+            said.append(block)
+            if not over.is_set():
+                show(sys.stderr, block)
+
+
+def show(stream: TextIO, text: bytes) -> None:
+    """Print; what can't be shown, because Dagster's copy of it fills a disk, must not keep dvc waiting."""
+    with suppress(OSError):
+        stream.write(text.decode(errors="replace"))
+        stream.flush()
 
 
 def last_lines(said: bytes, number: int = 12) -> str:

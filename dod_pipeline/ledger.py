@@ -35,9 +35,9 @@ def write_once(folder: Path, name: str, record: Frozen) -> Path:
     """Write `folder/name.json` whole or not at all; FileExistsError rather than change one that is there."""
     folder.mkdir(parents=True, exist_ok=True)
     path, partial = folder / f"{name}.json", folder / f".{name}.{os.getpid()}.partial"
-    partial.write_text(record.model_dump_json(indent=1) + "\n")
     try:
+        partial.write_text(record.model_dump_json(indent=1) + "\n")
         os.link(partial, path)
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     return path

@@ -1,19 +1,24 @@
 """`dod run`: what DVC finds outdated is made by a Dagster run in this process, in the instance that the UI shows."""
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import dagster as dg
+import psutil
+from dagster._core.events import EngineEventData
 from dagster._core.execution.plan.objects import StepFailureData
 from dagster._utils.env import environ
 from sqlalchemy.exc import SQLAlchemyError
+from yaml import YAMLError
 
 from dod_pipeline import checks, dvc_repo, stages
 from dod_pipeline.config import Params
 from dod_pipeline.definitions import define
+from dod_pipeline.storage import POSTGRES
 
 HOME = "DAGSTER_HOME"
 OWNER = "dod/folder"  # tag of runs that `dod run` started: where
@@ -45,8 +50,10 @@ def instance(root: Path) -> Iterator[dg.DagsterInstance]:
     try:
         with environ({HOME: folder, "DAGSTER_DISABLE_TELEMETRY": "yes"}), dg.DagsterInstance.get() as found:
             yield found
-    except (SQLAlchemyError, dg.DagsterError) as error:
-        raise OSError(f"{HOME}={folder}: Dagster's storage or its dagster.yaml failed: {error}") from error
+    except (SQLAlchemyError, YAMLError, dg.DagsterError) as error:
+        cause = " ".join(str(getattr(error, "orig", None) or error).split())  # without the SQL, on one line
+        room = f"{shutil.disk_usage(folder).free:,} bytes are free there"
+        raise OSError(f"{HOME}={folder}: Dagster's storage or its dagster.yaml failed ({room}): {cause}") from error
 
 
 def owner(root: Path) -> str:
@@ -55,12 +62,26 @@ def owner(root: Path) -> str:
 
 
 def bury(found: dg.DagsterInstance, root: Path) -> None:
-    """Mark the runs of killed `dod run`s here as failed and free their slots. Call it with the folder's lock held:
-    whoever started them is dead then."""
-    wanted = dg.RunsFilter(statuses=UNFINISHED, tags={OWNER: owner(root)})
-    for run in found.get_runs(wanted):
-        found.report_run_failed(run, "the dod run that started this was killed; the next one went on from there")
-        found.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    """Mark the runs of killed processes as failed and free their slots, for which others would wait without end. Call
+    it with the folder's lock held: whoever started a `dod run` here before is dead then."""
+    for run in found.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
+        if run.tags.get(OWNER) == owner(root) or (OWNER not in run.tags and is_orphan(found, run)):
+            found.report_run_failed(run, "the process of this run was killed; the next dod run went on from there")
+            found.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+
+def is_orphan(found: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether the process in which `dagster` executed a run has ended. False where another machine may have it."""
+    if POSTGRES in os.environ:
+        return False
+    for entry in found.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
+        stated = entry.get_dagster_event().event_specific_data
+        number = stated.metadata.get("pid") if isinstance(stated, EngineEventData) else None
+        if number is not None:  # the first is the run's own, those of its steps follow
+            with suppress(psutil.NoSuchProcess):
+                return psutil.Process(int(str(number.value))).create_time() > entry.timestamp
+            return True
+    return False
 
 
 def run(params: Params, experiments: Sequence[str], until: str, root: Path) -> list[tuple[str, str]]:
@@ -68,7 +89,7 @@ def run(params: Params, experiments: Sequence[str], until: str, root: Path) -> l
     jobs = list(dict.fromkeys(job for name in experiments for job in stages.instances(params, name, until)))
     names = [dvc_repo.address(stage, key) for stage, key in jobs]
     with dvc_repo.alone(root):
-        changed = dvc_repo.status(names, root=root, wait=True)
+        changed = dvc_repo.status(names, root=root, patient=True)
         if changed:  # an error in a late stage's settings shows before hours of training, not after
             for stage, key in jobs:
                 stages.resolve(params, stage, key)

@@ -2,13 +2,14 @@
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from . import project as tiny
+from .processes import end_all
 from .project import Project
 
 
@@ -69,5 +70,15 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> Callable[[Project], None]:
     def enter(project: Project) -> None:
         monkeypatch.chdir(project.root)
         monkeypatch.setenv("PATH", tiny.environment()["PATH"])
+        monkeypatch.setenv("DAGSTER_HOME", str(project.root / "dagster_home"))
 
     return enter
+
+
+@pytest.fixture
+def home(own: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Dagster's folder of the copied project, for this process too; no command outlives the test."""
+    found = own.root / "dagster_home"
+    monkeypatch.setenv("DAGSTER_HOME", str(found))
+    yield found
+    end_all()

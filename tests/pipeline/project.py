@@ -97,10 +97,11 @@ def write_images(root: Path) -> Path:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Commands of this environment first on PATH, one thread, and an author for git."""
+    """Commands of this environment first on PATH, one thread, an author for git; Dagster's folder is the project's."""
     quiet = {"OMP_NUM_THREADS": "1", "GIT_CONFIG_GLOBAL": os.devnull, "COLUMNS": "200", "PYTHONWARNINGS": "default"}
     who = {f"GIT_{role}_{what}": "tiny@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    return os.environ | quiet | who | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | changes
+    found = {name: value for name, value in os.environ.items() if not name.startswith("DAGSTER_")}
+    return found | quiet | who | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | changes
 
 
 class Project:

@@ -1,0 +1,87 @@
+"""Ctrl-C, and processes that meet each other or lose their parents: a clear end, and the next `dod run` goes on."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from .processes import Command, alive, assert_all_end, kill_first, wait_for
+from .project import Project
+from .test_blows import DEATH, LATE, LONGEST, assert_recovers, forget
+
+STOPPED = "dod: stopped; run it again to go on"
+
+
+@pytest.mark.timeout(600)
+def test_ctrl_c_at_any_moment_ends_in_one_line_and_the_next_run_goes_on(own: Project, built: Project, home: Path):
+    forget(own, LATE[1:])
+    for phase in ("dvc status", "dagster's start", "dvc before the stage", "stage", "dvc after the stage"):
+        command = Command(own, "dod", "run", "tiny")
+        assert command.reach(phase), command.text
+        os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does; dvc has a session of its own
+        assert command.end(30) == 130, command.text
+        assert command.text.splitlines()[-1] == STOPPED and "Traceback" not in command.text, command.text
+        assert_all_end(own.root, DEATH)
+    assert_recovers(own, built)
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_stops_as_ctrl_c_does(own: Project, built: Project, home: Path):
+    forget(own, LATE[3:])
+    for phase in ("dagster's start", "stage"):
+        command = Command(own, "dod", "run", "tiny")
+        assert command.reach(phase), command.text
+        command.process.terminate()
+        assert command.end(30) == 130, command.text
+        assert command.text.splitlines()[-1] == STOPPED and "Traceback" not in command.text, command.text
+        assert_all_end(own.root, DEATH)
+    assert_recovers(own, built)
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_run_of_dagster_leaves_nothing_that_goes_on(own: Project, built: Project, home: Path):
+    forget(own, LATE[3:])
+    words = ("asset", "materialize", "-m", "dod_pipeline.definitions", "--select", "metrics/tiny-6")
+    command = Command(own, "dagster", *words, DAGSTER_HOME=str(home))
+    assert wait_for(lambda: "stage" in alive(own.root).values(), LONGEST), command.text
+    assert len(alive(own.root)) >= 4  # run, step, dvc, stage
+    assert kill_first(own.root, "dagster")
+    assert command.end(5) == -signal.SIGKILL
+    assert_all_end(own.root, DEATH)
+    assert_recovers(own, built)
+
+
+@pytest.mark.timeout(600)
+def test_no_worker_of_a_training_outlives_a_killed_run(own: Project, built: Project, home: Path):
+    forget(own, LATE[:1])
+    command = Command(own, "dod", "run", "tiny", "--until", "train", DOD_PROCESSES="2", ACCELERATE_USE_CPU="true")
+    assert wait_for(lambda: list(alive(own.root).values()).count("worker") == 2, LONGEST), command.text
+    assert kill_first(own.root, "run")
+    assert command.end(5) == -signal.SIGKILL
+    assert_all_end(own.root, DEATH)
+    assert_recovers(own, built)
+
+
+@pytest.mark.timeout(600)
+def test_two_runs_at_once_make_each_stage_once(own: Project, built: Project, home: Path):
+    forget(own, LATE[2:])
+    commands = [Command(own, "dod", "run", "tiny") for _ in range(2)]
+    assert [command.end(LONGEST) for command in commands] == [0, 0]
+    texts = [command.text for command in commands]
+    assert sum(f"another dod is running stages in {own.root}; waiting for it" in text for text in texts) == 1
+    for name in LATE[2:]:
+        assert sum(text.count(f"Running stage '{name}'") for text in texts) == 1
+    assert sum("Nothing to do: all 8 stages of tiny are up to date." in text for text in texts) == 1
+    assert_recovers(own, built)
+
+
+@pytest.mark.timeout(600)
+def test_a_run_beside_a_bare_dvc_repro_ends_well(own: Project, built: Project, home: Path):
+    forget(own, LATE[2:])
+    bare = Command(own, "dvc", "repro", "metrics@tiny-6")
+    assert wait_for(lambda: "stage" in alive(own.root).values(), LONGEST), bare.text
+    run = Command(own, "dod", "run", "tiny")
+    assert run.end(LONGEST) == 0, run.text
+    assert bare.end(LONGEST) in (0, 255), bare.text  # dvc itself says "busy" where dod was faster
+    assert_recovers(own, built)
