@@ -216,7 +216,7 @@ def test_a_step_that_has_nothing_to_do_does_not_warn(own: Project, inside: Enter
 def busy(project: Project) -> Iterator[subprocess.Popen[str]]:
     """Another process that, as far as DVC knows, writes stage 2's samples."""
     path = str(project.root / "samples" / "tiny" / "tiny-6" / "stage2")
-    with project.start("sleep", "1000") as other:
+    with project.start("bash", "-c", "exec -a dvc sleep 1000") as other:
         held = {"read": {}, "write": {path: {"pid": other.pid, "cmd": "a bare dvc repro"}}}
         (project.root / ".dvc" / "tmp" / "rwlock").write_text(json.dumps(held))
         yield other
