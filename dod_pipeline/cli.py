@@ -81,7 +81,7 @@ def do_run(given: argparse.Namespace) -> int:
 
     params = load_params()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    jobs = runs.run(params, given.experiments, given.until, Path())
+    jobs = runs.run(params, given.experiments, given.until)
     for stage, key in jobs:
         if stage == "train":  # what DVC has recorded need not be kept twice
             artifact.forget_finished(Path(".state", stage, key))

@@ -4,6 +4,7 @@ The settings of the stages themselves are typed by the config classes of `dod_mo
 checked by `stages.resolve`, so that commands which only list things stay fast.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -52,6 +53,15 @@ class Sweep(Checkpoint):
     rows: list[Settings]
 
 
+def check_apart(place: str, keys: list[str]) -> None:
+    """ValueError if two keys differ in '.', '-' and '_' alone: Dagster's names of jobs and steps know only '_'."""
+    seen: dict[str, str] = {}
+    for key in keys:
+        other = seen.setdefault(re.sub(r"\W", "_", key), key)
+        if other != key:
+            raise ValueError(f"{place}: {other!r} and {key!r} differ in punctuation alone; rename one of them")
+
+
 class Params(Frozen):
     """The whole of params.yaml."""
 
@@ -64,6 +74,8 @@ class Params(Frozen):
     @model_validator(mode="after")
     def check_references(self) -> Self:
         """Every name that is referred to exists, and repeated facts agree."""
+        for place in ("datasets", "experiments", "checkpoints"):
+            check_apart(place, list(getattr(self, place)))
         for name, experiment in self.experiments.items():
             if experiment.data not in self.datasets:
                 raise ValueError(

@@ -38,7 +38,7 @@ def experiment_of(params: Params, stage: str, key: str) -> str:
 
 
 def identifier(name: str) -> str:
-    """A name of params.yaml as Dagster allows it for groups and jobs."""
+    """A name of params.yaml as Dagster allows it for groups and jobs; `Params` keeps these apart."""
     return re.sub(r"\W", "_", name)
 
 
@@ -98,10 +98,10 @@ def everything(pipeline: Pipeline, params: Params, experiment: str) -> dg.AssetS
     return dg.AssetSelection.assets(*(pipeline.keys[name] for name in names))
 
 
-def define(root: Path) -> tuple[Pipeline, dg.Definitions]:
-    """The pipeline of a folder, and its definitions."""
-    params = load_params(root / "params.yaml")
-    pipeline = Pipeline(Graph(root), partial(extras, params), run_tags=run_tags)
+def define(*, pools: bool = True) -> tuple[Pipeline, dg.Definitions]:
+    """The pipeline of the current folder, and its definitions."""
+    params = load_params()
+    pipeline = Pipeline(Graph(Path()), partial(extras, params), run_tags=run_tags, pools=pools)
     jobs = [
         dg.define_asset_job(
             identifier(experiment),
@@ -117,4 +117,4 @@ def define(root: Path) -> tuple[Pipeline, dg.Definitions]:
 @dg.definitions
 def defs() -> dg.Definitions:
     """Those of the current folder."""
-    return define(Path())[1]
+    return define()[1]

@@ -14,9 +14,10 @@ import hashlib
 import json
 import math
 import multiprocessing
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from dod_pipeline.dvc_graph import DVC_LOCK, Graph, Instance, Version
 RETRIES = 8
 LONGEST_PAUSE = 60.0  # seconds
 CURVE_ROWS = 40  # of a plot's table
+READS, READ_PAUSE = 20, 0.2  # tries to read dvc.lock, and seconds between them
 
 Metadata = Mapping[str, Any]
 
@@ -63,9 +65,12 @@ class Pipeline:
         extras: Callable[[Instance], Extras],
         *,
         run_tags: Callable[[], Mapping[str, str]] = dict,
+        pools: bool = True,
     ) -> None:
         self.graph = graph
         self.run_tags = run_tags
+        self.pools = pools  # not for a run that has the folder alone: who holds a slot may wait for the folder
+        self.code = {name: graph.code(instance) for name, instance in graph.instances.items()}
         self.extras = {name: extras(instance) for name, instance in graph.instances.items()}
         self.keys = {name: asset_key(instance) for name, instance in graph.instances.items()}
 
@@ -83,10 +88,10 @@ class Pipeline:
             description=instance.desc or None,
             group_name=extras.group,
             kinds={*extras.kinds, "dvc"},
-            code_version=self.graph.code(instance),
+            code_version=self.code[instance.name],
             metadata={"dvc": instance.name, "command": str(instance.cmd)},
             check_specs=[dg.AssetCheckSpec(name, asset=key, blocking=True) for name in extras.checks],
-            pool=extras.pool,
+            pool=extras.pool if self.pools else None,
         )
         def body(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[Any]]:
             yield self.materialize(context, instance)
@@ -107,13 +112,20 @@ class Pipeline:
                 raise dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=pause) from error
             except OSError as error:
                 raise dg.Failure(description=str(error), allow_retries=False) from None
-        version = self.graph.recorded()[instance.name]
-        return dg.MaterializeResult(
-            asset_key=self.keys[instance.name],
-            data_version=dg.DataVersion(version.data),
-            metadata=self.metadata(instance),
-            check_results=self.extras[instance.name].check(),
-        )
+            return dg.MaterializeResult(
+                asset_key=self.keys[instance.name],
+                data_version=dg.DataVersion(self.version(instance.name).data),
+                metadata=self.metadata(instance),
+                check_results=self.extras[instance.name].check(),
+            )
+
+    def version(self, name: str) -> Version:
+        """What dvc.lock says of an instance that was just made; another dvc may be in the middle of writing it."""
+        for _ in range(READS - 1):
+            with suppress(ValueError, KeyError):
+                return self.graph.recorded()[name]
+            time.sleep(READ_PAUSE)
+        return self.graph.recorded()[name]
 
     def metadata(self, instance: Instance) -> dict[str, Any]:
         """The numbers and plots of what was made, and what `extras` adds."""
@@ -144,9 +156,10 @@ class Pipeline:
             key = self.keys[before].to_user_string()
             event = latest(instance, self.keys[before])
             if event is not None and event.asset_materialization is not None:
-                tags = event.asset_materialization.tags or {}
-                found[f"{INPUT_DATA_VERSION_TAG_PREFIX}/{key}"] = tags[DATA_VERSION_TAG]
-                found[f"{INPUT_EVENT_POINTER_TAG_PREFIX}/{key}"] = str(event.storage_id)
+                made = (event.asset_materialization.tags or {}).get(DATA_VERSION_TAG)
+                if made is not None:  # a materialization that somebody reported by hand has none
+                    found[f"{INPUT_DATA_VERSION_TAG_PREFIX}/{key}"] = made
+                    found[f"{INPUT_EVENT_POINTER_TAG_PREFIX}/{key}"] = str(event.storage_id)
         return found
 
     def knows(self, instance: dg.DagsterInstance, name: str, tags: Mapping[str, str]) -> bool:
@@ -184,7 +197,7 @@ class Pipeline:
         return [name for name in self.graph.instances if name not in changed]
 
     def sensor(self, *, seconds: int = 30) -> dg.SensorDefinition:
-        """A sensor that calls `report` when dvc.lock or what it is compared with has changed."""
+        """A sensor that calls `report` when dvc.lock or an output has changed since it last did."""
 
         @dg.sensor(
             name="dvc_lock",
@@ -194,13 +207,16 @@ class Pipeline:
             asset_selection=list(self.keys.values()),
         )
         def body(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+            now = Graph(self.graph.root)
+            if self.code != {name: now.code(instance) for name, instance in now.instances.items()}:
+                return dg.SkipReason("dvc.yaml, its settings or its sources have changed: press Reload definitions")
             cursor = self.fingerprint()
             if cursor == context.cursor:
-                return dg.SkipReason("dvc.lock and the code are as they were")
+                return dg.SkipReason("dvc.lock and the outputs are as they were")
             try:
                 with dvc_repo.alone(self.graph.root, wait=False):
                     told = self.report(context.instance, self.up_to_date())
-            except BlockingIOError:
+            except (BlockingIOError, dvc_repo.TryAgainError):
                 return dg.SkipReason("stages are running; what they make will be looked at afterwards")
             context.update_cursor(cursor)
             return dg.SkipReason(f"told Dagster of {', '.join(told) or 'nothing new'}")
@@ -208,10 +224,12 @@ class Pipeline:
         return body
 
     def fingerprint(self) -> str:
-        """Changes with dvc.lock, and with the present code and settings."""
+        """Changes with dvc.lock, with the definitions, and when an output comes, goes or is replaced."""
         lock = self.graph.root / DVC_LOCK
-        present = [self.graph.code(instance) for instance in self.graph.instances.values()]
-        return hashlib.sha256("\n".join([lock.read_text() if lock.exists() else "", *present]).encode()).hexdigest()
+        paths = [self.graph.root / path for instance in self.graph.instances.values() for path in instance.made]
+        changed = [str(path.stat().st_mtime_ns) if path.exists() else "none" for path in paths]
+        parts = [lock.read_text() if lock.exists() else "", *self.code.values(), *changed]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @contextmanager

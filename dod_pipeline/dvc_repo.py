@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from dod_pipeline.dvc_graph import DVC_LOCK, check_conflict
-from dod_pipeline.dvc_wreck import is_cut_off, is_dead
+from dod_pipeline.dvc_wreck import is_committed, is_cut_off, is_dead
 from dod_pipeline.lifeline import CALLER, held
 
 # How dvc says that another one holds its lock, and that a transfer broke off.
@@ -31,6 +31,7 @@ ADVICE = re.compile(
 )
 RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds
 GRACE = 20.0  # seconds that an interrupted stage has to end
+INTERRUPTS = 5  # in that time
 LAST_WORDS = 5.0  # seconds that dvc's last output may take to arrive
 COPIES = Path(".dvc", "tmp", "dod")  # copies of dvc.lock
 
@@ -55,7 +56,7 @@ def call(*arguments: str) -> int:
 
 
 def read(*arguments: str, root: Path = Path(), patient: bool = False) -> Any:
-    """Run dvc and parse the JSON that it prints; OSError with its message if it fails. It dies with this process.
+    """Run dvc and parse the JSON that it prints; OSError with its message if it fails, TryAgainError where that passes.
 
     Where another dvc has locked the folder: wait for it, a few seconds or, if patient, as long as it takes.
     """
@@ -68,7 +69,8 @@ def read(*arguments: str, root: Path = Path(), patient: bool = False) -> Any:
             print(f"another dvc is at work in {root.absolute()}; waiting for it", flush=True)
         time.sleep(pause)
     if done.returncode != 0:
-        raise OSError(
+        kind = TryAgainError if BUSY.search(done.stderr) else OSError
+        raise kind(
             f"dvc {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip() or done.stdout.strip()}"
         )
     return json.loads(done.stdout)
@@ -145,10 +147,11 @@ def take(file: IO[str], kind: int, root: Path) -> None:
 def mend(root: Path) -> None:
     """Undo what a killed dvc left half-written: its table of locks, and dvc.lock, of which `repro_one` keeps copies."""
     table, lock = root / ".dvc" / "tmp" / "rwlock", root / DVC_LOCK
-    if table.exists() and is_dead(table):
+    if is_dead(table):
         table.unlink()
     for copy in sorted((root / COPIES).glob("*.yaml")):
-        if lock.exists() and is_cut_off(lock, copy):
+        if is_cut_off(lock, copy) and not is_committed(lock):
+            print(f"{lock}: dvc was killed while it wrote this; put back as it was before {copy.stem}", flush=True)
             os.replace(copy, lock)
         else:
             copy.unlink()
@@ -204,9 +207,14 @@ def repro_one(target: str, *, root: Path, env: Mapping[str, str] | None = None) 
         text = last_lines(b"".join(said))
         if NO_ROOM in text:
             text += f"\n(dvc says so on a full disk, too: {shutil.disk_usage(root).free:,} bytes are free)"
-        kind = TryAgainError if PASSING.search(text) else OSError
+        kind = TryAgainError if passes(text) else OSError
         how = f"dvc was killed by signal {-code}" if code < 0 else f"dvc: {code}"
         raise kind(f"{target} failed ({how}): {text}")
+
+
+def passes(text: str) -> bool:
+    """Whether a failure of which dvc says this may be gone the next time."""
+    return PASSING.search(text) is not None and "No space left" not in text
 
 
 def forward_lines(source: IO[bytes]) -> None:
@@ -240,13 +248,15 @@ def last_lines(said: bytes, number: int = 12) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt dvc and its stage, as Ctrl-C does; kill what hasn't ended in time."""
-    signal_group(process, signal.SIGINT)
-    try:
-        process.wait(timeout=GRACE)
-    except subprocess.TimeoutExpired:
-        signal_group(process, signal.SIGKILL)
-        process.wait()
+    """Interrupt dvc and its stage, as Ctrl-C does, again and again: libraries that are being imported may swallow it.
+    Kill what hasn't ended in time."""
+    for _ in range(INTERRUPTS):
+        signal_group(process, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE / INTERRUPTS)
+            return
+    signal_group(process, signal.SIGKILL)
+    process.wait()
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +12,19 @@ import psutil
 
 from dod_pipeline.dvc_graph import check_conflict, read_yaml
 
+PAUSE = 0.2  # seconds in which a dvc that runs has written its table
+
 
 def is_dead(table: Path) -> bool:
     """Whether dvc's table of locks was cut off, or none of those that it names is a dvc that runs: dvc itself asks only
-    whether there is a process of that number, and numbers come again."""
-    text = table.read_text()
-    try:
-        json.loads(text)
-    except ValueError:
+    whether there is a process of that number, and numbers come again. A dvc that runs may be writing it just now."""
+    for pause in (PAUSE, 0.0):
+        text = table.read_text() if table.exists() else "{}"
+        with suppress(ValueError):
+            json.loads(text)
+            break
+        time.sleep(pause)
+    else:
         return True
     holders = re.findall(r'"pid": (\d+)', text)
     return bool(holders) and not any(is_dvc(int(holder)) for holder in holders)
@@ -30,9 +38,20 @@ def is_dvc(number: int) -> bool:
         return False
 
 
+def is_committed(lock: Path) -> bool:
+    """Whether dvc.lock is the one of git's HEAD: `git checkout`, `switch` or `stash` put it there on purpose."""
+    try:
+        shown = subprocess.run(["git", "show", f"HEAD:./{lock.name}"], cwd=lock.parent, capture_output=True)
+    except FileNotFoundError:  # no git here
+        return False
+    return shown.returncode == 0 and shown.stdout == lock.read_bytes()
+
+
 def is_cut_off(lock: Path, copy: Path) -> bool:
     """Whether dvc.lock has lost its end since the copy was made, for the stage that names it: is no YAML any more, or
     holds a part of that stage's entry, or of the copy's other entries and nothing else."""
+    if not lock.exists():
+        return False
     check_conflict(lock)
     try:
         then = stages_in(copy)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,17 +49,29 @@ def instance(root: Path) -> Iterator[dg.DagsterInstance]:
     """The Dagster instance of the project; what goes wrong with its storage is an OSError that names the folder."""
     folder = str(home(root))
     try:
-        with environ({HOME: folder, "DAGSTER_DISABLE_TELEMETRY": "yes"}), dg.DagsterInstance.get() as found:
+        with environ({HOME: folder, "DAGSTER_DISABLE_TELEMETRY": "yes"}), opened() as found:
             yield found
-    except (SQLAlchemyError, YAMLError, dg.DagsterError) as error:
+    except (SQLAlchemyError, StorageError) as error:
         cause = " ".join(str(getattr(error, "orig", None) or error).split())  # without the SQL, on one line
         room = f"{shutil.disk_usage(folder).free:,} bytes are free there"
         raise OSError(f"{HOME}={folder}: Dagster's storage or its dagster.yaml failed ({room}): {cause}") from error
 
 
+class StorageError(Exception):
+    """Dagster's storage can't be opened, for a reason that isn't SQLAlchemy's."""
+
+
+def opened() -> dg.DagsterInstance:
+    """The instance in $DAGSTER_HOME."""
+    try:
+        return dg.DagsterInstance.get()
+    except (YAMLError, dg.DagsterError) as error:
+        raise StorageError(str(error)) from error
+
+
 def owner(root: Path) -> str:
-    """Names this folder on this machine."""
-    return f"{socket.gethostname()}:{root.absolute()}"
+    """Names this folder on this machine, also among machines of one name."""
+    return f"{socket.gethostname()}-{uuid.getnode():x}:{root.absolute()}"
 
 
 def bury(found: dg.DagsterInstance, root: Path) -> None:
@@ -66,6 +79,7 @@ def bury(found: dg.DagsterInstance, root: Path) -> None:
     it with the folder's lock held: whoever started a `dod run` here before is dead then."""
     for run in found.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
         if run.tags.get(OWNER) == owner(root) or (OWNER not in run.tags and is_orphan(found, run)):
+            found.add_run_tags(run.run_id, {"dagster/max_retries": "0"})  # or the daemon would start it once more
             found.report_run_failed(run, "the process of this run was killed; the next dod run went on from there")
             found.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
@@ -84,16 +98,16 @@ def is_orphan(found: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     return False
 
 
-def run(params: Params, experiments: Sequence[str], until: str, root: Path) -> list[tuple[str, str]]:
+def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[str, str]]:
     """Make what is outdated, in order; OSError where a stage fails. Returns all of the experiments' stage instances."""
     jobs = list(dict.fromkeys(job for name in experiments for job in stages.instances(params, name, until)))
-    names = [dvc_repo.address(stage, key) for stage, key in jobs]
+    names, root = [dvc_repo.address(stage, key) for stage, key in jobs], Path()
     with dvc_repo.alone(root):
         changed = dvc_repo.status(names, root=root, patient=True)
         if changed:  # an error in a late stage's settings shows before hours of training, not after
             for stage, key in jobs:
                 stages.resolve(params, stage, key)
-        pipeline, definitions = define(root)
+        pipeline, definitions = define(pools=False)
         with instance(root) as found:
             bury(found, root)
             pipeline.report(found, [name for name in names if name not in changed])

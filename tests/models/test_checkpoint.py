@@ -74,7 +74,7 @@ def test_the_newest_state_is_found_and_two_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "no manifest"])
-def test_a_damaged_state_is_named_and_the_one_before_used(tmp_path, capsys, damage):
+def test_a_damaged_state_is_named_and_the_one_before_used(tmp_path, caplog, damage):
     states(tmp_path, 2, 4)
     newest = tmp_path / "step-000000004"
     if damage == "no manifest":
@@ -85,7 +85,7 @@ def test_a_damaged_state_is_named_and_the_one_before_used(tmp_path, capsys, dama
     tensors, about = resumed(tmp_path)
     assert tensors["w"].tolist() == [2, 2, 2]
     assert about["step"] == 2
-    assert f"resume state passed over: {newest}" in capsys.readouterr().out
+    assert f"resume state passed over: {newest}" in caplog.text
 
 
 def test_without_a_sound_state_there_is_none(tmp_path):

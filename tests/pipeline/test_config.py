@@ -159,3 +159,11 @@ def test_an_experiment_s_stages_are_its_own_and_in_order(values: dict[str, Any])
     shared = [(stage, "tiny") for stage in ("dataset", "reference", "codec", "latents", "train")]
     own = [(stage, key) for stage in ("stage1", "stage2", "metrics") for key in ("tiny-2", "tiny-6")]
     assert found == [*shared, *own, ("report", "tiny"), ("sweeps", "tiny-6")]
+
+
+@pytest.mark.parametrize("place", ["datasets", "experiments", "checkpoints"])
+def test_keys_that_dagster_cannot_tell_apart_are_refused(values: dict[str, Any], place: str):
+    (item,) = values[place].values()
+    values[place] |= {"v1-5": item, "v1.5": item}
+    with pytest.raises(ValueError, match=rf"{place}: 'v1-5' and 'v1\.5' differ in punctuation alone"):
+        Params.parse(values, place="params.yaml")

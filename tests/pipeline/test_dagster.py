@@ -17,6 +17,7 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.instance.ref import InstanceRef
 from dagster._core.loader import LoadingContextForTest
+from dagster._core.utils import make_new_run_id
 from PIL import Image
 
 from dod_pipeline import cli, dvc_repo, runs, stages
@@ -24,7 +25,6 @@ from dod_pipeline.config import load_params
 from dod_pipeline.definitions import define
 from dod_pipeline.dvc_assets import Pipeline
 
-from . import project as tiny
 from .project import Project
 from .test_kill import DRIVER, Enter
 
@@ -70,7 +70,7 @@ def picture_in(value: Any) -> Image.Image:
 
 def test_after_dod_run_nothing_is_stale_and_versions_are_those_of_dvc_lock(shared: Project, inside: Enter):
     inside(shared)
-    _, definitions = define(Path())
+    _, definitions = define()
     with dagster_of(shared) as instance:
         assert stale(instance, definitions) == set()
         for name, entry in shared.lock().items():
@@ -126,7 +126,7 @@ def test_after_dvc_repro_the_sensor_tells_dagster(own: Project, inside: Enter):
     values = own.params()
     values["experiments"]["tiny"]["stage2"]["guidance"] = 3.0
     own.write_params(values)
-    pipeline, definitions = define(Path())
+    pipeline, definitions = define()
     with dagster_of(own) as instance:
         outdated = {name.replace("@", "/") for name in dvc_repo.status([])}
         assert stale(instance, definitions) == outdated == {"stage2/tiny-6", "report/tiny", "sweeps/tiny-6"}
@@ -135,7 +135,7 @@ def test_after_dvc_repro_the_sensor_tells_dagster(own: Project, inside: Enter):
         assert said.startswith("told Dagster of stage2@tiny-6, metrics@tiny-6")
         assert stale(instance, definitions) == {"report/tiny", "sweeps/tiny-6"}
         again, same = tick(instance, pipeline, cursor)
-        assert (again, same) == ("dvc.lock and the code are as they were", cursor)
+        assert (again, same) == ("dvc.lock and the outputs are as they were", cursor)
         assert tick(instance, pipeline)[0] == "told Dagster of nothing new"
         scores = json.loads((own.root / "metrics" / "tiny" / "tiny-6.json").read_text())
         assert materialization(instance, "metrics", "tiny-6").metadata["stage2.fid"].value == scores["stage2"]["fid"]
@@ -143,7 +143,7 @@ def test_after_dvc_repro_the_sensor_tells_dagster(own: Project, inside: Enter):
 
 def test_what_dvc_holds_to_be_outdated_is_not_told(own: Project, inside: Enter):
     inside(own)
-    pipeline, _ = define(Path())
+    pipeline, _ = define()
     own.run("rm", "-r", "samples/tiny/tiny-6/stage2")
     own.run("rm", "-r", "dagster_home/history")  # Dagster has forgotten everything
     with dagster_of(own) as instance:
@@ -151,9 +151,57 @@ def test_what_dvc_holds_to_be_outdated_is_not_told(own: Project, inside: Enter):
         assert "stage1@tiny-6" in said and "stage2@tiny-6" not in said
 
 
+def test_after_dvc_pull_the_sensor_tells_dagster(built: Project, tmp_path: Path, inside: Enter):
+    """dvc.lock is the colleague's and stays as it is; the outputs come."""
+    clone = built.clone(tmp_path / "clone")
+    clone.dvc("remote", "modify", "--local", "local", "url", str(built.root.parent / "dod-dvc-remote"))
+    inside(clone)
+    pipeline, definitions = define()
+    with dagster_of(clone) as instance:
+        said, cursor = tick(instance, pipeline)
+        assert said == "told Dagster of nothing new"
+        clone.dvc("pull")
+        said, _ = tick(instance, pipeline, cursor)
+        assert said.startswith("told Dagster of dataset@tiny, ") and "report@tiny" in said
+        assert stale(instance, definitions) == set()
+
+
+def test_the_sensor_asks_for_new_definitions_where_its_own_are_old(own: Project, inside: Enter):
+    inside(own)
+    pipeline, _ = define()
+    values = own.params()
+    values["experiments"]["tiny"]["stage2"]["guidance"] = 3.0
+    own.write_params(values)
+    with dagster_of(own) as instance:
+        said, cursor = tick(instance, pipeline)
+        assert said.endswith("press Reload definitions") and cursor is None
+
+
+def test_dod_run_waits_for_no_slot_of_a_run_that_waits_for_it(own: Project):
+    """A step under the pages takes its slot of the pool before it waits for the folder, which `dod run` has alone."""
+    own.run("rm", "samples/tiny/tiny-6/stage2/manifest.json")
+    with dagster_of(own) as instance:
+        storage = instance.event_log_storage
+        storage.set_concurrency_slots("gpu", 1)
+        assert storage.claim_concurrency_slot("gpu", "a run under the pages", "train__tiny").is_claimed
+    own.dod("run", "tiny")
+    own.dvc("status", "-q", "report@tiny")
+
+
+def test_a_buried_run_is_not_started_again(own: Project):
+    with dagster_of(own) as instance:
+        tags = {runs.OWNER: runs.owner(own.root)}
+        run = dg.DagsterRun(job_name="tiny", run_id=make_new_run_id(), status=dg.DagsterRunStatus.STARTED, tags=tags)
+        instance.add_run(run)
+        runs.bury(instance, own.root)
+        found = instance.get_run_by_id(run.run_id)
+        assert found is not None and found.status == dg.DagsterRunStatus.FAILURE
+        assert found.tags.get("dagster/will_retry") != "true"
+
+
 def test_the_sensor_waits_while_stages_run(own: Project, inside: Enter):
     inside(own)
-    pipeline, _ = define(Path())
+    pipeline, _ = define()
     code = "from dod_pipeline import dvc_repo\nwith dvc_repo.alone(): print('mine', flush=True); input()"
     with (
         dagster_of(own) as instance,
@@ -182,7 +230,7 @@ def test_after_dagster_asset_materialize_repro_has_nothing_to_do(own: Project, i
     assert {name for name, entry in own.lock().items() if entry != before[name]} >= {"stage2@tiny-6"}
     printed = own.dvc("repro", "metrics@tiny-6").stdout
     assert "Running stage" not in printed
-    pipeline, definitions = define(Path())
+    pipeline, definitions = define()
     with dagster_of(own) as instance:
         assert stale(instance, definitions) == {"report/tiny", "sweeps/tiny-6"}
         assert "nothing new" in tick(instance, pipeline)[0]
@@ -204,7 +252,7 @@ def test_progress_and_log_lines_arrive_while_training_runs(own: Project, inside:
 
 def test_a_step_that_has_nothing_to_do_does_not_warn(own: Project, inside: Enter):
     inside(own)
-    _, definitions = define(Path())
+    _, definitions = define()
     job = definitions.resolve_implicit_global_asset_job_def()
     with dagster_of(own) as instance:
         done = job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey(["dataset", "tiny"])])
@@ -236,7 +284,7 @@ def test_dod_run_waits_for_a_bare_dvc(own: Project):
 def test_a_step_that_finds_a_lock_is_tried_again(own: Project, inside: Enter):
     inside(own)
     own.run("rm", "-r", "samples/tiny/tiny-6/stage2")
-    _, definitions = define(Path())
+    _, definitions = define()
     job = definitions.resolve_implicit_global_asset_job_def()
     with dagster_of(own) as instance, busy(own) as other:
 
@@ -270,71 +318,3 @@ def test_a_stage_that_fails_is_not_tried_again(own: Project, inside: Enter, caps
     with dagster_of(own) as instance:
         assert retried(instance) == [] and instance.get_runs(limit=1)[0].status == dg.DagsterRunStatus.FAILURE
     assert own.lock()["metrics@tiny-6"] == before
-
-
-def test_definitions_compute_nothing_and_import_nothing_heavy(shared: Project):
-    program = """
-import json, sys
-import dagster  # asks `file` about this Python
-started = []
-sys.addaudithook(lambda event, _: started.append(event) if event in ("subprocess.Popen", "os.system") else None)
-from dod_pipeline import definitions
-print(json.dumps([started, sorted({name.split(".")[0] for name in sys.modules})]))
-"""
-    before = shared.files()
-    started, modules = json.loads(shared.run("python", "-c", program).stdout.splitlines()[-1])
-    assert started == [] and not {"torch", "diffusers", "matplotlib", "duckdb", "pandas"} & set(modules)
-    assert shared.files() == before
-
-
-def test_jobs_groups_pools_and_descriptions(shared: Project, inside: Enter):
-    inside(shared)
-    pipeline, definitions = define(Path())
-    job = definitions.resolve_job_def("tiny")
-    made = {key.to_user_string() for key in job.asset_layer.selected_asset_keys}
-    assert {name.replace("@", "/") for name in tiny.STAGES} <= made and "sweeps/tiny-6" not in made
-    graph = definitions.resolve_asset_graph()
-    assert {graph.get(key).group_name for key in graph.get_all_asset_keys()} == {"tiny"}
-    pools = {key.to_user_string(): graph.get(key).pools for key in graph.get_all_asset_keys()}
-    assert pools["train/tiny"] == {"gpu"} and pools["dataset/tiny"] == {"dvc_repo"}
-    for name, instance in pipeline.graph.instances.items():
-        node = graph.get(pipeline.keys[name])
-        assert node.description == instance.desc and {instance.stage, "dvc"} <= node.kinds
-        assert {key.to_user_string() for key in node.parent_keys} == {
-            before.replace("@", "/") for before in pipeline.graph.upstream[name]
-        }
-
-
-@pytest.mark.parametrize(
-    "command, printed",
-    [
-        (("dagster", "definitions", "validate"), "All code locations passed validation"),
-        (("dagster", "asset", "list", "--select", 'key:"train/tiny"+'), "stage1/tiny-6"),
-        (("dg", "check", "defs"), "All definitions loaded successfully"),
-    ],
-)
-@pytest.mark.parametrize("home", ["dagster_home", ""])
-def test_dagster_s_commands_work_from_the_root(shared: Project, command: tuple[str, ...], printed: str, home: str):
-    for file in ("pyproject.toml",):
-        (shared.root / file).write_bytes((tiny.SOURCE / file).read_bytes())
-    done = shared.run(*command, DAGSTER_HOME=home, PYTHONWARNINGS="")
-    assert printed in done.stdout + done.stderr
-    assert not list(shared.root.glob(".tmp_dagster_home*"))
-
-
-def test_dagster_home_is_the_project_s_unless_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("dagster_home", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "dagster.yaml").write_text("")
-    monkeypatch.delenv("DAGSTER_HOME", raising=False)
-    assert runs.home(tmp_path) == tmp_path / "dagster_home"
-    monkeypatch.setenv("DAGSTER_HOME", "other")
-    assert runs.home(tmp_path) == tmp_path / "other"
-
-
-def test_advice_and_progress_bars_are_left_out_of_what_is_repeated():
-    said = b"train:  10%|#   | 1/10\rtrain:  20%|##  | 2/10\rtrain: the loss is nan\nERROR: failed to reproduce\n\n"
-    assert dvc_repo.last_lines(said) == "train: the loss is nan\nERROR: failed to reproduce"
-    for line in (b"\n", b"\tgit add dvc.lock\n", b"Updating lock file 'dvc.lock'\n", b"Use `dvc push` to send\n"):
-        assert dvc_repo.ADVICE.match(line)
-    assert not dvc_repo.ADVICE.match(b"Running stage 'train@tiny':\n")

@@ -105,7 +105,8 @@ def test_a_full_disk_is_an_error_of_each_stage_that_loses_nothing(built: Project
             assert (tried["status"], tried["intact"]) == (1, True), (stage, tried)
             assert FULL in last and last.startswith((f"{stage}: ", "dod: ")), (stage, tried)
             assert "Traceback" not in tried["said"], (stage, tried)
-        assert (seen["after"]["status"], seen["equal"]) == (0, True), (stage, seen)
+        assert seen["after"]["status"] == 0, (stage, seen)
+        assert seen["equal"] or stage == "report", (stage, seen)  # which shows what the stages took just now
 
 
 @pytest.mark.timeout(600)

@@ -50,8 +50,11 @@ def pages(shared: Project) -> Iterator[tuple[Project, int]]:
                 time.sleep(0.5)
             yield shared, port
         finally:
+            family = psutil.Process(server.pid).children(recursive=True)
             server.terminate()
-            server.wait(timeout=60)
+            for process in psutil.wait_procs(family, timeout=60)[1]:
+                process.kill()
+            server.wait(timeout=30)
 
 
 def test_the_pages_have_every_asset_fresh_with_its_numbers(pages: tuple[Project, int]):

@@ -62,6 +62,17 @@ def test_a_dvc_lock_that_was_changed_on_purpose_stays(tmp_path: Path):
     assert lock.read_text() == text_of(older)
 
 
+def test_the_dvc_lock_of_a_commit_stays(tmp_path: Path):
+    """After `git checkout` of an older one, which may be a part of what was there before."""
+    lock = folder(tmp_path, text_of(ENTRIES), "train@tiny", text_of(dict(list(ENTRIES.items())[:2])))
+    project = Project(tmp_path)
+    project.run("git", "init", "--quiet")
+    project.commit()
+    before = lock.read_text()
+    dvc_repo.mend(tmp_path)
+    assert lock.read_text() == before
+
+
 def test_a_dvc_lock_with_conflict_markers_is_named_and_stays(tmp_path: Path):
     marked = f"<<<<<<< HEAD\n{text_of(ENTRIES)}=======\n>>>>>>> other\n"
     lock = folder(tmp_path, text_of(ENTRIES), "train@tiny", marked)
