@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import torch
 from . import project as tiny
 from .processes import end_all
 from .project import Project
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heed_interrupts():
+    """A shell's background job ignores SIGINT, and all that it starts does: not what tests of Ctrl-C want."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
