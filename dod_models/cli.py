@@ -126,11 +126,11 @@ def following(tell: Callable[[str], None], *, seconds: float = 5.0) -> Iterator[
 def explain(error: Exception, out: Path) -> str:
     """The error's message; on a full disk also the output's path, and the reason, which numpy doesn't give."""
     text = str(error) or type(error).__name__
-    disk = next(folder for folder in out.absolute().parents if folder.exists())
     if not isinstance(error, OSError | SafetensorError):
         return text
     if FULL in text:
         return f"{out}: {text}"
+    disk = next(folder for folder in out.absolute().parents if folder.exists())
     return f"{out}: {text}: {FULL}" if shutil.disk_usage(disk).free < ROOM else text
 
 

@@ -53,11 +53,16 @@ class Sweep(Checkpoint):
     rows: list[Settings]
 
 
+def identifier(key: str) -> str:
+    """A key as Dagster allows it in names of groups, jobs and steps."""
+    return re.sub(r"\W", "_", key)
+
+
 def check_apart(place: str, keys: list[str]) -> None:
-    """ValueError if two keys differ in '.', '-' and '_' alone: Dagster's names of jobs and steps know only '_'."""
+    """ValueError if two keys differ in punctuation alone: Dagster couldn't tell them apart."""
     seen: dict[str, str] = {}
     for key in keys:
-        other = seen.setdefault(re.sub(r"\W", "_", key), key)
+        other = seen.setdefault(identifier(key), key)
         if other != key:
             raise ValueError(f"{place}: {other!r} and {key!r} differ in punctuation alone; rename one of them")
 

@@ -2,15 +2,14 @@
 
 import base64
 import io
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import dagster as dg
 
-from dod_pipeline import checks, ledger, stages
-from dod_pipeline.config import Params, load_params
+from dod_pipeline import checks, dvc_repo, ledger, stages
+from dod_pipeline.config import Params, identifier, load_params
 from dod_pipeline.dvc_assets import Extras, Pipeline
 from dod_pipeline.dvc_graph import Graph, Instance
 
@@ -30,16 +29,11 @@ LINES = {name: Line("pytorch", "gpu") for name in stages.ORDER} | {
 }
 
 
-def experiment_of(params: Params, stage: str, key: str) -> str:
+def group_of(params: Params, stage: str, key: str) -> str:
     """The group of a stage instance: its experiment, or its data set where several experiments share it."""
     if stage in stages.BY_CHECKPOINT:
         return params.checkpoints[key].experiment
     return key
-
-
-def identifier(name: str) -> str:
-    """A name of params.yaml as Dagster allows it for groups and jobs; `Params` keeps these apart."""
-    return re.sub(r"\W", "_", name)
 
 
 def extras(params: Params, instance: Instance) -> Extras:
@@ -49,7 +43,7 @@ def extras(params: Params, instance: Instance) -> Extras:
     check, names = checks.CHECKS.get(stage, (None, ()))
     _, out, _ = stages.paths(params, stage, key)
     return Extras(
-        group=identifier(experiment_of(params, stage, key)),
+        group=identifier(group_of(params, stage, key)),
         kinds=frozenset({stage, line.kind}),  # the page shows a key's last part alone, and the kinds under it
         pool=line.pool,
         checks=names,
@@ -94,7 +88,7 @@ def run_tags() -> dict[str, str]:
 
 def everything(pipeline: Pipeline, params: Params, experiment: str) -> dg.AssetSelection:
     """All assets of an experiment but its sweeps."""
-    names = ["@".join(pair) for pair in stages.instances(params, experiment, stages.LAST)]
+    names = [dvc_repo.address(*pair) for pair in stages.instances(params, experiment, stages.LAST)]
     return dg.AssetSelection.assets(*(pipeline.keys[name] for name in names))
 
 

@@ -133,9 +133,8 @@ class Pipeline:
         for path in instance.metrics:
             found |= dict(numbers(read_json(self.graph.root / path)))
         for path, options in instance.plots:
-            found[Path(path).stem if "title" not in options else options["title"]] = table(
-                read_json(self.graph.root / path), [options["x"], options["y"]]
-            )
+            rows = read_json(self.graph.root / path)
+            found[options.get("title", Path(path).stem)] = table(rows, [options["x"], options["y"]])
         return found | dict(self.extras[instance.name].metadata())
 
     def report(self, instance: dg.DagsterInstance, names: Sequence[str]) -> list[str]:

@@ -76,14 +76,18 @@ class Graph:
 
     def code(self, instance: Instance) -> str:
         """Digest of the command, the sources and the settings as they are now."""
-        made = set().union(*(self.instances[name].made for name in self.upstream[instance.name]))
-        sources = [dep for dep in instance.deps if not any(overlap(dep, path) for path in made)]
+        sources = self.sources(instance.name, instance.deps)
         values: dict[str, Any] = {}
         for file, name in instance.params:
             if file not in self.settings:
                 self.settings[file] = read_yaml(self.root / file)
             values |= {name: look_up(self.settings[file], name)} if name else self.settings[file]
         return code_digest(instance.cmd, {dep: md5_of(self.root / dep) for dep in sources}, values)
+
+    def sources(self, name: str, deps: Iterable[str]) -> list[str]:
+        """Those dependencies of an instance that no stage makes."""
+        made = [path for before in self.upstream[name] for path in self.instances[before].made]
+        return [dep for dep in deps if not any(overlap(dep, path) for path in made)]
 
     def downstream(self, names: Iterable[str]) -> list[str]:
         """These instances and all that are made from them, in order."""
@@ -102,9 +106,8 @@ class Graph:
             if name not in self.instances:
                 continue
             instance = self.instances[name]
-            made = set().union(*(self.instances[before].made for before in self.upstream[name]))
             deps = {dep["path"]: digest_in(dep) for dep in entry.get("deps", [])}
-            sources = {path: md5 for path, md5 in deps.items() if not any(overlap(path, other) for other in made)}
+            sources = {path: deps[path] for path in self.sources(name, deps)}
             values = {name: value for file in entry.get("params", {}).values() for name, value in file.items()}
             outs = {out["path"]: digest_in(out) for out in entry.get("outs", [])}
             main = [path for path in (instance.outs or instance.made) if path in outs]

@@ -44,4 +44,4 @@ def device_name() -> str:
     """The GPU that torch would use, or "cpu"."""
     import torch
 
-    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
+    return str(torch.cuda.get_device_name()) if has_gpus() else "cpu"

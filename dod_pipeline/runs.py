@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,9 +15,10 @@ from dagster._utils.env import environ
 from sqlalchemy.exc import SQLAlchemyError
 from yaml import YAMLError
 
-from dod_pipeline import checks, dvc_repo, stages
+from dod_pipeline import dvc_repo, stages
 from dod_pipeline.config import Params
 from dod_pipeline.definitions import define
+from dod_pipeline.dvc_assets import Pipeline
 from dod_pipeline.storage import POSTGRES
 
 HOME = "DAGSTER_HOME"
@@ -70,8 +70,11 @@ def opened() -> dg.DagsterInstance:
 
 
 def owner(root: Path) -> str:
-    """Names this folder on this machine, also among machines of one name."""
-    return f"{socket.gethostname()}-{uuid.getnode():x}:{root.absolute()}"
+    """Names this folder, also among equal paths on several machines: by a number that lies beside its lock."""
+    number = root / ".dvc" / "tmp" / "dod.id"
+    if not number.exists():
+        number.write_text(uuid.uuid4().hex)
+    return f"{root.absolute()} {number.read_text()}"
 
 
 def bury(found: dg.DagsterInstance, root: Path) -> None:
@@ -112,9 +115,7 @@ def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[st
             bury(found, root)
             pipeline.report(found, [name for name in names if name not in changed])
             due = [name for name in pipeline.graph.downstream(changed) if name in names]
-            for stage, key in jobs:
-                if dvc_repo.address(stage, key) not in due:
-                    demand(params, stage, key)
+            demand(pipeline, [name for name in names if name not in due])
             if not due:
                 print(f"Nothing to do: all {len(names)} stages of {', '.join(experiments)} are up to date.")
             else:
@@ -123,13 +124,12 @@ def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[st
     return jobs
 
 
-def demand(params: Params, stage: str, key: str) -> None:
-    """ValueError if an output that is up to date doesn't pass its checks."""
-    check, _ = checks.CHECKS.get(stage, (None, ()))
-    out = stages.paths(params, stage, key)[1]
-    for outcome in check(out) if check else []:
-        if not outcome.passed:
-            raise ValueError(f"{stage}@{key}: check {outcome.name!r} failed: {outcome.grounds} ({out})")
+def demand(pipeline: Pipeline, names: Sequence[str]) -> None:
+    """ValueError if what is up to date doesn't pass its checks."""
+    for name in names:
+        for result in pipeline.extras[name].check():
+            if not result.passed:
+                raise ValueError(f"{name}: check {result.check_name!r} failed: {result.description}")
 
 
 def execute(found: dg.DagsterInstance, defs: dg.Definitions, keys: list[dg.AssetKey], tags: dict[str, str]) -> None:

@@ -97,8 +97,12 @@ def write_images(root: Path) -> Path:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Commands of this environment first on PATH, one thread, an author for git; Dagster's folder is the project's."""
+    """Commands of this environment first on PATH, one thread, an author for git; Dagster's folder is the project's.
+
+    The shell is one that stays above the command that it is given: only `exec` in dvc.yaml takes it away.
+    """
     quiet = {"OMP_NUM_THREADS": "1", "GIT_CONFIG_GLOBAL": os.devnull, "COLUMNS": "200", "PYTHONWARNINGS": "default"}
+    quiet["SHELL"] = "/bin/sh"
     who = {f"GIT_{role}_{what}": "tiny@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     found = {name: value for name, value in os.environ.items() if not name.startswith("DAGSTER_")}
     return found | quiet | who | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | changes

@@ -110,7 +110,7 @@ def test_a_stage_reads_and_writes_the_paths_of_the_code(stage: str, key: str):
     inputs, out, facts = stages.paths(params, stage, key)
     stated = set(instance["deps"]) - sources(instance)
     assert stated == {str(path) for name, path in inputs.items() if name != "state"}
-    assert instance["cmd"] == f"dod stage {stage} {key}"
+    assert instance["cmd"] == f"exec dod stage {stage} {key}"
     if stage == "report":  # without numbers of its own
         assert outputs(instance) == {str(out)}
     elif facts is None:  # the output is the numbers

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,26 +14,42 @@ from .test_blows import DEATH, LATE, LONGEST, assert_recovers, forget
 STOPPED = "dod: stopped; run it again to go on"
 
 
-@pytest.mark.timeout(600)
-def test_ctrl_c_at_any_moment_ends_in_one_line_and_the_next_run_goes_on(own: Project, built: Project, home: Path):
-    forget(own, LATE[1:])
-    for phase in ("dvc status", "dagster's start", "dvc before the stage", "stage", "dvc after the stage"):
-        command = Command(own, "dod", "run", "tiny", PYTHONWARNINGS="")
-        assert command.reach(phase), command.text
-        os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does; dvc has a session of its own
-        assert command.end(45) == 130, command.text
-        assert command.text.splitlines()[-1] == STOPPED and "Traceback" not in command.text, command.text
-        assert_all_end(own.root, DEATH)
-    assert_recovers(own, built)
+def interrupt(command: Command) -> None:
+    """As a terminal does it: the whole foreground group gets the signal, and dvc has a session of its own."""
+    os.killpg(command.process.pid, signal.SIGINT)
+
+
+def terminate(command: Command) -> None:
+    """As a supervisor does it."""
+    command.process.terminate()
 
 
 @pytest.mark.timeout(600)
-def test_sigterm_stops_as_ctrl_c_does(own: Project, built: Project, home: Path):
-    forget(own, LATE[3:])
-    for phase in ("dagster's start", "stage"):
+@pytest.mark.parametrize(
+    "stop, made, phases",
+    [
+        pytest.param(
+            interrupt,
+            LATE[1:],
+            ("dvc status", "dagster's start", "dvc before the stage", "stage", "dvc after the stage"),
+            id="Ctrl-C",
+        ),
+        pytest.param(terminate, LATE[3:], ("dagster's start", "stage"), id="SIGTERM"),
+    ],
+)
+def test_stopped_at_any_moment_it_ends_in_one_line_and_the_next_run_goes_on(
+    own: Project,
+    built: Project,
+    home: Path,
+    stop: Callable[[Command], None],
+    made: tuple[str, ...],
+    phases: tuple[str, ...],
+):
+    forget(own, made)
+    for phase in phases:
         command = Command(own, "dod", "run", "tiny", PYTHONWARNINGS="")
         assert command.reach(phase), command.text
-        command.process.terminate()
+        stop(command)
         assert command.end(45) == 130, command.text
         assert command.text.splitlines()[-1] == STOPPED and "Traceback" not in command.text, command.text
         assert_all_end(own.root, DEATH)
