@@ -64,7 +64,7 @@ def rope_angles(side: int, head_dim: int, theta: float = 10000.0) -> Float[Tenso
     return torch.cat([rows, columns], dim=2).reshape(side * side, head_dim // 2)
 
 
-def rotate(x: Float[Tensor, "B heads T hd"], cos: Float[Tensor, "T half"], sin: Float[Tensor, "T half"]) -> Tensor:
+def rotate(x: Float[Tensor, "... T hd"], cos: Float[Tensor, "T half"], sin: Float[Tensor, "T half"]) -> Tensor:
     """Turn each interleaved pair (x0, x1) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
@@ -77,14 +77,13 @@ class RopeAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q = nn.LayerNorm(width // heads, eps=1e-6, elementwise_affine=False)
-        self.norm_k = nn.LayerNorm(width // heads, eps=1e-6, elementwise_affine=False)
+        self.norm_qk = nn.LayerNorm(width // heads, eps=1e-6, elementwise_affine=False)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tokens, cos: Float[Tensor, "T half"], sin: Float[Tensor, "T half"]) -> Tokens:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.norm_q(q), cos, sin), rotate(self.norm_k(k), cos, sin)
-        mixed: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.norm_qk(qkv[:2]), cos, sin)
+        mixed: Tensor = self.out(F.scaled_dot_product_attention(q, k, qkv[2]).transpose(1, 2).flatten(2))
         return mixed
 
 
@@ -107,9 +106,36 @@ class SwiGLU(nn.Module):
         return mixed
 
 
-def modulate(x: Tokens, shift: Float[Tensor, "B c D"], scale: Float[Tensor, "B c D"]) -> Tokens:
-    """x * (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+class Modulation(nn.Linear):
+    """SiLU(condition) through one wide layer, where FiTv2 has a layer for each of these outputs:
+
+    the global AdaLN (6 D: shift, scale, gate of attention, then of the MLP), the final layer's shift and scale (2 D), and
+    the low-rank term of every block (`rank` each). What comes out for a scale is 1 + scale, called a gain.
+    """
+
+    unit: Tensor
+
+    def __init__(self, width: int, *, rank: int, depth: int) -> None:
+        self.parts = [6 * width, 2 * width, *[rank] * depth]
+        super().__init__(width, sum(self.parts))
+        unit = torch.zeros(8, width)  # shift, scale, gate, shift, scale, gate; shift, scale
+        unit[[1, 4, 7]] = 1
+        self.register_buffer("unit", torch.cat([unit.flatten(), torch.zeros(rank * depth)]), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """The blocks' terms start with Xavier's bounds, the rest at zero (FiTv2)."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        for rows in self.weight.split(self.parts)[2:]:
+            nn.init.xavier_uniform_(rows)
+
+    def forward(self, condition: Float[Tensor, "B c D"]) -> Float[Tensor, "B c parts"]:
+        return F.linear(F.silu(condition), self.weight, self.bias + self.unit)
+
+
+def modulate(x: Tokens, shift: Float[Tensor, "B c D"], gain: Float[Tensor, "B c D"]) -> Tokens:
+    """x * gain + shift, in one pass."""
+    return torch.addcmul(shift, x, gain)
 
 
 class BackboneBlock(nn.Module):
@@ -121,37 +147,35 @@ class BackboneBlock(nn.Module):
         self.attention = RopeAttention(width, heads)
         self.norm_mlp = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp = SwiGLU(width, hidden)
-        self.lora_down = nn.Linear(width, rank)
         self.lora_up = nn.Linear(rank, 6 * width)
 
     def forward(
         self,
         x: Tokens,
-        activated: Float[Tensor, "B c D"],
         shared: Float[Tensor, "B c 6*D"],
+        low_rank: Float[Tensor, "B c rank"],
         cos: Float[Tensor, "T half"],
         sin: Float[Tensor, "T half"],
     ) -> Tokens:
-        """`activated` is SiLU(condition), `shared` the output of the global AdaLN."""
-        modulation = shared + self.lora_up(self.lora_down(activated))
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
-        x = x + gate_a * self.attention(modulate(self.norm_attention(x), shift_a, scale_a), cos, sin)
-        x = x + gate_m * self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+        """`shared` and `low_rank` are this block's parts of `Modulation`."""
+        shift_a, gain_a, gate_a, shift_m, gain_m, gate_m = (shared + self.lora_up(low_rank)).chunk(6, dim=-1)
+        x = torch.addcmul(x, gate_a, self.attention(modulate(self.norm_attention(x), shift_a, gain_a), cos, sin))
+        x = torch.addcmul(x, gate_m, self.mlp(modulate(self.norm_mlp(x), shift_m, gain_m)))
         return x
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm, modulation by its own SiLU -> Linear, projection to the numbers of a patch."""
+    """LayerNorm, modulation, projection to the numbers of a patch."""
 
     def __init__(self, width: int, patch_dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, patch_dim)
 
-    def forward(self, x: Tokens, activated: Float[Tensor, "B c D"]) -> Float[Tensor, "B T patch_dim"]:
-        shift, scale = self.modulation(activated).chunk(2, dim=-1)
-        numbers: Tensor = self.out(modulate(self.norm(x), shift, scale))
+    def forward(self, x: Tokens, modulation: Float[Tensor, "B c 2*D"]) -> Float[Tensor, "B T patch_dim"]:
+        """`modulation` is the final layer's part of `Modulation`."""
+        shift, gain = modulation.chunk(2, dim=-1)
+        numbers: Tensor = self.out(modulate(self.norm(x), shift, gain))
         return numbers
 
 

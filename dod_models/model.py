@@ -14,6 +14,7 @@ from dod_models.blocks import (
     BackboneBlock,
     FinalLayer,
     LabelEmbedding,
+    Modulation,
     TimeEmbedding,
     Tokens,
     VitBlock,
@@ -169,9 +170,10 @@ class DoD(nn.Module):
         self.label_embed = LabelEmbedding(config.num_classes, width)
         self.no_sample = nn.Parameter(torch.empty(1, 1, width))  # S: stands in for a prior where there is none
         self.sample_embed = nn.Sequential(nn.Linear(config.lem.width, width), nn.SiLU(), nn.Linear(width, width))
-        self.global_modulation = nn.Linear(width, 6 * width)
+        rank = width // 4
+        self.modulation = Modulation(width, rank=rank, depth=config.depth)
         self.blocks = nn.ModuleList(
-            BackboneBlock(width, config.heads, rank=width // 4, hidden=8 * width // 3) for _ in range(config.depth)
+            BackboneBlock(width, config.heads, rank=rank, hidden=8 * width // 3) for _ in range(config.depth)
         )
         self.final = FinalLayer(width, patch_dim)
         self.lem = LatentEmbeddingModule(config)
@@ -182,8 +184,7 @@ class DoD(nn.Module):
 
     def reset_backbone(self) -> None:
         """FiTv2's initialization: modulation and output start at zero, so every block starts as the identity."""
-        backbone = (self.patch_embed, self.time_embed, self.sample_embed, self.global_modulation, self.final)
-        for module in (*backbone, *self.blocks):
+        for module in (self.patch_embed, self.time_embed, self.sample_embed, *self.blocks):
             init_xavier(module)
         for mlp in (self.time_embed.mlp, self.sample_embed):
             for layer in mlp:
@@ -191,7 +192,8 @@ class DoD(nn.Module):
                     nn.init.normal_(layer.weight, std=0.02)
         nn.init.normal_(self.label_embed.table.weight, std=0.02)
         nn.init.normal_(self.no_sample, std=0.02)
-        init_zero(self.global_modulation, self.final.modulation, self.final.out)
+        self.modulation.reset_parameters()
+        init_zero(self.final.out)
         for block in self.blocks:
             assert isinstance(block, BackboneBlock)
             block.mlp.reset_parameters()
@@ -205,23 +207,24 @@ class DoD(nn.Module):
     def velocity(self, x: Latent, t: Time, labels: Labels, sample: Tokens | None = None) -> Latent:
         """v(x_t, t | label, sample), with `sample` from `embed_sample`, or None for S."""
         condition = (self.time_embed(t) + self.label_embed(labels))[:, None, :]
-        activated = nn.functional.silu(condition + (self.no_sample if sample is None else sample))
-        shared = self.global_modulation(activated)
+        modulation = self.modulation(condition + (self.no_sample if sample is None else sample))
+        shared, final, *low_rank = modulation.split(self.modulation.parts, dim=-1)
         tokens = self.patch_embed(patchify(x, self.config.patch))
-        for block in self.blocks:
-            tokens = block(tokens, activated, shared, self.rope_cos, self.rope_sin)
-        return unpatchify(self.final(tokens, activated), self.config.patch, self.config.channels)
+        for block, own in zip(self.blocks, low_rank, strict=True):
+            tokens = block(tokens, shared, own, self.rope_cos, self.rope_sin)
+        return unpatchify(self.final(tokens, final), self.config.patch, self.config.channels)
 
     def forward(self, x: Latent, t: Time, labels: Labels, *, prior: Latent, keep: Int[Tensor, " K"]) -> Latent:
         """The training call: rows `keep` are conditioned on the LEM of their own clean latents `prior`, the rest on S.
 
-        Only the kept rows pass through the LEM. `keep` may be empty: the LEM then takes part with zero gradients, as
-        distributed training needs.
+        The kept rows alone pass through the LEM and have a condition for each token; the others have one for all. Either
+        group may be empty: its layers then take part with zero gradients, as distributed training needs.
         """
-        num_tokens = (self.config.latent_size // self.config.patch) ** 2
-        sample = self.no_sample.expand(len(x), num_tokens, -1)
-        sample = sample.index_copy(0, keep, self.embed_sample(prior[keep]).to(sample.dtype))
-        return self.velocity(x, t, labels, sample)
+        order = torch.ones(len(x), device=x.device).index_fill(0, keep, 0).argsort(stable=True)  # the kept rows first
+        kept, others = order.split([len(keep), len(x) - len(keep)])
+        with_prior = self.velocity(x[kept], t[kept], labels[kept], self.embed_sample(prior[kept]))
+        without = self.velocity(x[others], t[others], labels[others])
+        return torch.cat([with_prior, without])[order.argsort()]
 
 
 def count_parameters(model: DoD) -> dict[str, int]:

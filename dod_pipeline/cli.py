@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dod: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("dod: stopped; run it again to go on", file=sys.stderr)
+        print("\ndod: stopped; run it again to go on", file=sys.stderr)  # a killed stage may leave half a line
         return 130
     return status
 

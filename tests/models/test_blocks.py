@@ -136,21 +136,37 @@ def test_swiglu_s_halves_are_initialized_as_separate_layers():
 
 
 @torch.no_grad()
+def test_one_wide_layer_is_the_layers_of_fitv2_side_by_side():
+    """Its parts are SiLU -> Linear each, with Xavier's bounds of their own; a scale comes out as 1 + scale."""
+    module = blocks.Modulation(16, rank=4, depth=3)
+    module.reset_parameters()
+    condition = normal(2, 5, 16).float()
+    shared, final, *low_rank = module(condition).split(module.parts, dim=-1)
+    gains = [(shared, 16), (shared, 64), (final, 16)]
+    assert all((part[..., a : a + 16] == 1).all() for part, a in gains)
+    assert shared.sum() == 2 * 5 * 32 and final.sum() == 2 * 5 * 16
+    silu = condition / (1 + torch.exp(-condition))
+    for part, weight in zip(low_rank, module.weight[96 + 32 :].split(4), strict=True):
+        assert math.sqrt(6 / (16 + 140)) < weight.abs().max() <= math.sqrt(6 / (16 + 4))
+        torch.testing.assert_close(part, silu @ weight.T)
+
+
+@torch.no_grad()
 def test_gates_multiply_the_branches():
-    """Modulation (shift, scale, gate) x 2: with both gates zero a block is the identity, whatever the rest says."""
+    """Modulation (shift, gain, gate) x 2: with both gates zero a block is the identity, whatever the rest says."""
     block = blocks.BackboneBlock(16, 2, rank=4, hidden=32).double()
     angle = blocks.rope_angles(3, 8).double()
-    x, activated = normal(2, 9, 16), normal(2, 1, 16, seed=1)
+    x, low_rank = normal(2, 9, 16), normal(2, 1, 4, seed=1)
     nn.init.zeros_(block.lora_up.weight)
     nn.init.zeros_(block.lora_up.bias)
     shared = normal(2, 1, 96, seed=2)
     shared[..., 32:48] = 0
     shared[..., 80:96] = 0
-    assert torch.equal(block(x, activated, shared, angle.cos(), angle.sin()), x)
+    assert torch.equal(block(x, shared, low_rank, angle.cos(), angle.sin()), x)
     shared[..., 80:96] = 1
-    shift, scale = shared[..., 48:64], shared[..., 64:80]
-    branch = block.mlp(block.norm_mlp(x) * (1 + scale) + shift)
-    torch.testing.assert_close(block(x, activated, shared, angle.cos(), angle.sin()), x + branch)
+    shift, gain = shared[..., 48:64], shared[..., 64:80]
+    branch = block.mlp(block.norm_mlp(x) * gain + shift)
+    torch.testing.assert_close(block(x, shared, low_rank, angle.cos(), angle.sin()), x + branch)
 
 
 @torch.no_grad()

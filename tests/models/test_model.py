@@ -84,10 +84,10 @@ def backbone(w: dict[str, Tensor], config: ModelConfig, x: Tensor, condition: Te
     """The table "Backbone (FiTv2)"; `condition` is time + label + (S or e_s), (B, 1 or T, d)."""
     d, side, head = config.width, config.latent_size // config.patch, config.width // config.heads
     h = linear(w, "patch_embed", to_tokens(x, config.patch))
+    shared, final, *low_rank = linear(w, "modulation", silu(condition)).split([6 * d, 2 * d, *[d // 4] * config.depth], -1)
     for i in range(config.depth):
         name = f"blocks.{i}"
-        lora = linear(w, f"{name}.lora_up", linear(w, f"{name}.lora_down", silu(condition)))
-        modulation = linear(w, "global_modulation", silu(condition)) + lora
+        modulation = shared + linear(w, f"{name}.lora_up", low_rank[i])
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (modulation[..., j * d : (j + 1) * d] for j in range(6))
         qkv = linear(w, f"{name}.attention.qkv", normalize(h) * (1 + scale_a) + shift_a)
         heads = []
@@ -98,7 +98,7 @@ def backbone(w: dict[str, Tensor], config: ModelConfig, x: Tensor, condition: Te
         gate_value = linear(w, f"{name}.mlp.gate_value", normalize(h) * (1 + scale_m) + shift_m)
         hidden = 8 * d // 3
         h = h + gate_m * linear(w, f"{name}.mlp.out", silu(gate_value[..., :hidden]) * gate_value[..., hidden:])
-    shift, scale = linear(w, "final.modulation", silu(condition)).split(d, dim=-1)
+    shift, scale = final.split(d, dim=-1)
     out = linear(w, "final.out", normalize(h) * (1 + scale) + shift)
     return from_tokens(out, config.patch, config.channels, side)
 
@@ -187,10 +187,10 @@ def test_a_fresh_model_is_zero_and_its_blocks_are_the_identity():
     assert not model.velocity(x, t, labels).any()
     assert not model(x, t, labels, prior=z, keep=torch.tensor([0, 2])).any()
     tokens = torch.randn(3, 4, 24)
-    activated = torch.randn(3, 1, 24)
-    for block in model.blocks:
-        out = block(tokens, activated, model.global_modulation(activated), model.rope_cos, model.rope_sin)
-        assert torch.equal(out, tokens)
+    shared, _, *low_rank = model.modulation(torch.randn(3, 1, 24)).split(model.modulation.parts, dim=-1)
+    for block, own in zip(model.blocks, low_rank, strict=True):
+        assert own.any()
+        assert torch.equal(block(tokens, shared, own, model.rope_cos, model.rope_sin), tokens)
 
 
 def test_initial_spreads():
