@@ -109,8 +109,8 @@ class SwiGLU(nn.Module):
 class Modulation(nn.Linear):
     """SiLU(condition) through one wide layer, where FiTv2 has a layer for each of these outputs:
 
-    the global AdaLN (6 D: shift, scale, gate of attention, then of the MLP), the final layer's shift and scale (2 D), and
-    the low-rank term of every block (`rank` each). What comes out for a scale is 1 + scale, called a gain.
+    the global AdaLN (6 D: shift, scale, gate of attention, then of the MLP), the final layer's shift and scale (2 D),
+    and the low-rank term of every block (`rank` each). What comes out for a scale is 1 + scale, called a gain.
     """
 
     unit: Tensor

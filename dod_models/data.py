@@ -4,12 +4,13 @@ A shard is a .npy array (n, views, 2, C, H, W): views are the image and, where t
 then mean and standard deviation of the scaled latents' posterior.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
 from dod_models import artifact, draws
@@ -36,16 +37,17 @@ class LatentShards:
         self.shard_size: int = about["shard_size"]
         self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
         shards = range(-(-self.count // self.shard_size))
-        self.shards: list[Moments] = [np.load(folder / shard_name(i), mmap_mode="r") for i in shards]
+        # Plain arrays over the maps: indexing a np.memmap costs more than the read.
+        self.shards: list[Moments] = [np.asarray(np.load(folder / shard_name(i), mmap_mode="r")) for i in shards]
 
     def __len__(self) -> int:
         return int(self.count)
 
-    def moments(self, index: int, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation (C, H, W), float32, of one view of one image."""
-        shard, row = divmod(index, self.shard_size)
-        mean, std = self.shards[shard][row, view].astype(np.float32)
-        return mean, std
+    def gather(self, indices: Sequence[int], views: Sequence[int]) -> Float16[np.ndarray, "n 2 C H W"]:
+        """Mean and standard deviation of one view of each image."""
+        rows = [(*divmod(index, self.shard_size), view) for index, view in zip(indices, views, strict=True)]
+        joined = np.concatenate([self.shards[shard][row, view] for shard, row, view in rows])
+        return joined.reshape(len(rows), 2, *self.shape)
 
 
 class TrainingDraws:
@@ -71,20 +73,23 @@ class TrainingDraws:
         prior_drop: float,
         exact_share: bool,
     ) -> None:
-        rows, noise, normal, labels, keep = [], [], [], [], []
+        indices, views, drawn, noise, normal, labels, keep = [], [], [], [], [], [], []
         for place, sample in enumerate(samples):
             epoch, position = divmod(sample, len(shards))
             index = int(epoch_order(seed, epoch, len(shards))[position])
             rng = draws.generator(seed, "train", sample)
-            mean, std = shards.moments(index, int(rng.integers(shards.views)))
-            rows.append(mean + std * rng.standard_normal(shards.shape, dtype=np.float32))
+            indices.append(index)
+            views.append(int(rng.integers(shards.views)))
+            drawn.append(rng.standard_normal(shards.shape, dtype=np.float32))
             noise.append(rng.standard_normal(shards.shape, dtype=np.float32))
             normal.append(rng.standard_normal(dtype=np.float32))
             label_u, prior_u = rng.random(2)
             labels.append(shards.num_classes if label_u < label_drop else int(shards.labels[index]))
             if evenly_kept(sample, prior_drop) if exact_share else prior_u >= prior_drop:
                 keep.append(place)
-        self.latents, self.noise = torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(noise))
+        moments = shards.gather(indices, views)
+        self.latents = torch.from_numpy(moments[:, 0] + moments[:, 1] * np.stack(drawn))  # float32, as the normals are
+        self.noise = torch.from_numpy(np.stack(noise))
         self.normal, self.labels = torch.tensor(normal), torch.tensor(labels)
         self.keep = torch.tensor(keep, dtype=torch.long)
 

@@ -217,8 +217,8 @@ class DoD(nn.Module):
     def forward(self, x: Latent, t: Time, labels: Labels, *, prior: Latent, keep: Int[Tensor, " K"]) -> Latent:
         """The training call: rows `keep` are conditioned on the LEM of their own clean latents `prior`, the rest on S.
 
-        The kept rows alone pass through the LEM and have a condition for each token; the others have one for all. Either
-        group may be empty: its layers then take part with zero gradients, as distributed training needs.
+        The kept rows alone pass through the LEM and have a condition for each token; the others have one for all.
+        Either group may be empty: its layers then take part with zero gradients, as distributed training needs.
         """
         order = torch.ones(len(x), device=x.device).index_fill(0, keep, 0).argsort(stable=True)  # the kept rows first
         kept, others = order.split([len(keep), len(x) - len(keep)])

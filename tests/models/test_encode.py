@@ -25,8 +25,9 @@ def test_a_row_holds_the_moments_of_its_image_and_of_the_mirror_image(pipeline, 
     pixels = ImageFolder(pipeline.dataset, "train").read(index, size=tiny.SIZE, channels=1)
     for view, shown in ((0, pixels), (1, pixels[:, ::-1])):
         expected = moments(codec, shown)
-        np.testing.assert_allclose(np.stack(shards.moments(index, view)), expected, rtol=1e-3, atol=1e-4)  # fp16
-    assert np.abs(shards.moments(index, 0)[0] - shards.moments(index, 1)[0]).max() > 0.01
+        np.testing.assert_allclose(shards.gather([index], [view])[0], expected, rtol=1e-3, atol=1e-4)  # fp16
+    seen, mirrored = shards.gather([index, index], [0, 1])[:, 0]
+    assert np.abs(seen - mirrored).max() > 0.01
 
 
 def test_labels_and_origin_are_kept(pipeline):
@@ -39,7 +40,7 @@ def test_labels_and_origin_are_kept(pipeline):
 
 def test_the_facts_are_mean_and_deviation_of_the_means(pipeline):
     shards = LatentShards(pipeline.latents)
-    means = np.stack([shards.moments(i, view)[0] for i in range(90) for view in range(2)]).astype(np.float64)
+    means = shards.gather([i for i in range(90) for _ in range(2)], [0, 1] * 90)[:, 0].astype(np.float64)
     expected = {"count": 90, "mean": means.mean(), "std": means.std()}
     assert pipeline.facts["latents"] == pytest.approx(expected, rel=1e-6)
 
@@ -49,7 +50,7 @@ def test_without_mirror_images_there_is_one_view(pipeline, tmp_path):
     plain, both = LatentShards(tmp_path / "latents"), LatentShards(pipeline.latents)
     assert plain.views == 1
     for index in (0, 50, 89):
-        np.testing.assert_allclose(plain.moments(index, 0), both.moments(index, 0), atol=2e-3)
+        np.testing.assert_allclose(plain.gather([index], [0]), both.gather([index], [0]), atol=2e-3)
 
 
 def test_numbers_beyond_fp16_are_refused(codec):

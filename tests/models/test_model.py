@@ -84,7 +84,9 @@ def backbone(w: dict[str, Tensor], config: ModelConfig, x: Tensor, condition: Te
     """The table "Backbone (FiTv2)"; `condition` is time + label + (S or e_s), (B, 1 or T, d)."""
     d, side, head = config.width, config.latent_size // config.patch, config.width // config.heads
     h = linear(w, "patch_embed", to_tokens(x, config.patch))
-    shared, final, *low_rank = linear(w, "modulation", silu(condition)).split([6 * d, 2 * d, *[d // 4] * config.depth], -1)
+    shared, final, *low_rank = linear(w, "modulation", silu(condition)).split(
+        [6 * d, 2 * d, *[d // 4] * config.depth], -1
+    )
     for i in range(config.depth):
         name = f"blocks.{i}"
         modulation = shared + linear(w, f"{name}.lora_up", low_rank[i])
