@@ -45,7 +45,8 @@ def test_the_facts_are_mean_and_deviation_of_the_means(pipeline):
 
 
 def test_without_mirror_images_there_is_one_view(pipeline, tmp_path):
-    build_latents(EncodeConfig(mirror=False), dataset=pipeline.dataset, codec=pipeline.codec, out=tmp_path / "latents")
+    inputs = {"dataset": pipeline.dataset, "codec": pipeline.codec, "state": tmp_path / "state"}
+    build_latents(EncodeConfig(mirror=False), **inputs, out=tmp_path / "latents")
     plain, both = LatentShards(tmp_path / "latents"), LatentShards(pipeline.latents)
     assert plain.views == 1
     for index in (0, 50, 89):
