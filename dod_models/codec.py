@@ -20,7 +20,7 @@ from dod_models.pixels import to_pixels, to_signal
 SCHEMA = "codec/1"
 Pixels = UInt8[np.ndarray, "B height width channels"]  # C, H and W are the latent's
 BATCH = 100  # images at a time, at most
-BATCH_PIXELS = 2**21  # 32 images of 256 pixels: their activations take some GB
+BATCH_PIXELS = 2**19  # 8 images of 256 pixels: their activations take about 1 GB
 RECONSTRUCTIONS = "reconstructions.safetensors"  # features of the held-out images after the codec
 
 

@@ -1,16 +1,20 @@
 """Stage `latents`: encode the training images, and their mirror images where asked, into memory-mapped shards.
 
 A shard is the unit of work: one of several processes encodes every so many of them, a killed run goes on with those
-that lack. Its bytes depend on its images alone, which go through the codec in batches that start where the shard does.
+that lack. Its bytes depend on its images alone, which go through the codec in batches that start where the shard does,
+on one thread of a CPU. More of its cores are for more processes.
 """
 
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from pydantic import PositiveInt
 from tqdm import tqdm
 
@@ -37,6 +41,17 @@ class Sums(NamedTuple):
     total: float
     squares: float
     numbers: int
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: how convolutions are split over several changes their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def encode_batch(codec: Codec, pixels: np.ndarray, *, mirror: bool) -> np.ndarray:
@@ -137,7 +152,8 @@ def build_latents(config: EncodeConfig, *, dataset: Path, codec: Path, out: Path
     alone = process.world == 1
     with artifact.locked(state / key / ("out" if alone else f"process-{process.rank}")):
         work = Work(state / key, images, config)
-        encode(work, loaded, process, size=size)
+        with one_thread():
+            encode(work, loaded, process, size=size)
         if not alone:
             return {}
         artifact.forget_finished(state, but=key)

@@ -21,8 +21,8 @@ from dod_models.config import local_copy
 SCHEMA = "dataset/1"
 BLOCK = 100  # images in memory at a time
 
-# ImageNet has dozens of photographs with broken EXIF. Only orientation is of interest there, and ADM ignores it.
-warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+# ImageNet has photographs with broken EXIF, of which Pillow warns. Nothing of it is used: ADM ignores orientation too.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 

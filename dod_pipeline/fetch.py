@@ -25,7 +25,8 @@ from dod_pipeline.stages import Job
 
 JOURNAL = ".objects.jsonl"
 CONNECTIONS = 16
-TRIES = 3  # of an object whose bytes stop coming; boto3 itself repeats requests that fail
+RETRIES = {"max_attempts": 5, "mode": "standard"}  # boto3's, of a request
+TRIES = 3  # of an object whose bytes stop coming
 CHUNK = 2**20  # bytes
 
 
@@ -134,8 +135,8 @@ class Bucket:
 
         bucket, _, prefix = url.removeprefix(S3).rstrip("/").partition("/")
         self.url, self.bucket, self.prefix = url, bucket, f"{prefix}/" if prefix else ""
-        retries = {"max_attempts": 5, "mode": "standard"}
-        self.client = boto3.client("s3", config=Config(max_pool_connections=CONNECTIONS, retries=retries))
+        session = boto3.session.Session()  # its own: boto3's default one remembers the credentials it found first
+        self.client = session.client("s3", config=Config(max_pool_connections=CONNECTIONS, retries=RETRIES))
 
     def objects(self) -> Iterator[Object]:
         """All of them; ValueError for a name that would leave the copy's folder."""

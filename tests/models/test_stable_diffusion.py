@@ -17,7 +17,7 @@ from dod_models.images import center_crop
 from dod_models.pixels import to_pixels, to_signal
 from dod_models.reference import ReferenceConfig, build_reference
 
-from . import full_size
+from . import full_size, tiny
 
 EMPTY_SHA = "0" * 64
 
@@ -59,7 +59,7 @@ def test_photographs_are_encoded_to_scaled_posteriors(codec):
     assert np.array_equal(codec.decode(mean), to_pixels(decoded))
 
 
-def test_latents_of_photographs_hold_both_views(codec, stable_diffusion, tmp_path):
+def test_latents_of_photographs_hold_both_views_whatever_the_number_of_threads(codec, stable_diffusion, tmp_path):
     """The stages at full size: ImageNet's layout of JPEGs -> index -> moments of image and mirror image."""
     images = full_size.write_photographs(tmp_path / "images")
     build_dataset(DatasetConfig(root=str(images)), out=tmp_path / "dataset")
@@ -68,6 +68,12 @@ def test_latents_of_photographs_hold_both_views(codec, stable_diffusion, tmp_pat
         folder.about = {"scale": codec.scale, "image_size": 64}
     inputs = {name: tmp_path / name for name in ("dataset", "codec", "state")}
     facts = build_latents(EncodeConfig(), **inputs, out=tmp_path / "latents")
+    torch.set_num_threads(2)
+    try:
+        build_latents(EncodeConfig(), **inputs | {"state": tmp_path / "again"}, out=tmp_path / "of-two-threads")
+    finally:
+        torch.set_num_threads(1)
+    assert tiny.digests(tmp_path / "of-two-threads") == tiny.digests(tmp_path / "latents")
     shards = LatentShards(tmp_path / "latents")
     assert (shards.shape, shards.views, shards.labels.tolist()) == ((4, 8, 8), 2, [0, 0, 1, 1])
     assert facts["count"] == 4
