@@ -56,17 +56,18 @@ def inspect(job: tuple[Place, int], *, root: Path) -> Entry | str:
             size = image.size
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         return f"{type(error).__name__}: {error}".replace(str(root), "").split(" <_io")[0]
-    path, *rest = place
-    return Entry(path, label, *size, hashlib.sha256(data).hexdigest(), *rest)
+    return Entry(place.path, label, *size, hashlib.sha256(data).hexdigest(), place.member, place.offset, place.size)
 
 
 def index_split(root: Path, split: str, classes: Classes) -> tuple[list[Entry], dict[str, str]]:
     """Read every image of a split in sorted order: the good ones, and {path: reason} of the others."""
     jobs = [(place, label) for label, places in enumerate(classes.values()) for place in places]
-    results = in_order(partial(inspect, root=root), jobs)
+    bar = tqdm(in_order(partial(inspect, root=root), jobs), total=len(jobs), desc=f"index {split}", unit="image")
     good: list[Entry] = []
     bad: dict[str, str] = {}
-    for (place, _), result in zip(jobs, tqdm(results, total=len(jobs), desc=f"index {split}", unit="image"), strict=True):
+    for (place, _), result in zip(
+        jobs, tqdm(results, total=len(jobs), desc=f"index {split}", unit="image"), strict=True
+    ):
         if isinstance(result, str):
             bad[place.name] = result
         else:

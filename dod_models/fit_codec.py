@@ -94,23 +94,28 @@ def measure_scale(vae: Any, pixels: np.ndarray) -> float:
     return float(second_moment.rsqrt())
 
 
+def blocks_of(config: CodecConfig, dataset: Path, split: str) -> Iterator[np.ndarray]:
+    """A split's images, as many at a time as fit the codec."""
+    count = batch_size(config.image_size)
+    return ImageFolder(dataset, split).blocks(size=config.image_size, channels=config.channels, count=count)
+
+
 def build_codec(config: CodecConfig, *, dataset: Path, reference: Path, out: Path) -> dict[str, Any]:
     """Make the codec; return PSNR and the scores of its reconstructions (posterior means) of the held-out images."""
     with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
-        shape = {"size": config.image_size, "channels": config.channels, "count": batch_size(config.image_size)}
         origin: dict[str, Any] = {}
         if config.source == "train":
-            pixels = np.concatenate(list(ImageFolder(dataset, "train").blocks(**shape)))
+            pixels = np.concatenate(list(blocks_of(config, dataset, "train")))
             vae = train_vae(config, pixels)
             codec = Codec(vae, scale=measure_scale(vae, pixels))
         else:
-            found = stable_diffusion.load(config.path, revision=config.revision, sha256=config.sha256)
-            codec, origin = found.codec, {"weights": found.origin}
+            taken = stable_diffusion.load(config.path, revision=config.revision, sha256=config.sha256)
+            codec, origin = taken.codec, {"weights": taken.origin}
         codec.vae.save_pretrained(folder.path / "vae", safe_serialization=True)
         quality: list[float] = []
 
         def reconstructions() -> Iterator[np.ndarray]:
-            for originals in ImageFolder(dataset, "val").blocks(**shape):
+            for originals in blocks_of(config, dataset, "val"):
                 rebuilt = codec.decode(codec.encode(originals)[0])
                 quality.extend(psnr(rebuilt, originals))
                 yield rebuilt

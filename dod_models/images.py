@@ -24,7 +24,8 @@ BLOCK = 100  # images in memory at a time
 # ImageNet has photographs with broken EXIF, of which Pillow warns. Nothing of it is used: ADM ignores orientation too.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Place(NamedTuple):

@@ -5,7 +5,6 @@ ROOT/train the official archive of all classes' archives may lie in ROOT; in pla
 the validation images and the development kit, which says their classes.
 """
 
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -62,9 +61,7 @@ def in_train_archive(path: Path, *, root: Path) -> Classes:
     """The classes of the official train archive, which holds an archive CLASS.tar of each."""
     inner = sorted(m for m in archive.members(path) if m.name.endswith(".tar"))
     bar = tqdm(inner, desc=f"list {path.name}", unit="class")
-    return {
-        PurePosixPath(m.name).stem: images_in(path, root=root, start=m.offset, end=m.offset + m.size) for m in bar
-    }
+    return {PurePosixPath(m.name).stem: images_in(path, root=root, start=m.offset, end=m.offset + m.size) for m in bar}
 
 
 def in_val_archive(path: Path, *, root: Path) -> Classes:

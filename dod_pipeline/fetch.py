@@ -62,9 +62,10 @@ def is_s3(place: str | None) -> bool:
 
 
 def fetch(url: str, wanted: Callable[[str], bool], *, again: bool) -> Path:
-    """Copy the wanted objects under s3://BUCKET/PREFIX that lack here or have changed; `again`: even after a whole copy.
+    """Copy the wanted objects under s3://BUCKET/PREFIX that lack here or have changed.
 
-    ConnectionError says what S3 said; OSError where the disk is too small. Returns the copy's folder.
+    A copy that was complete once is compared only if asked `again`. ConnectionError says what S3 said; OSError where
+    the disk is too small. Returns the copy's folder.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -223,7 +224,7 @@ class EtagCheck:
     def etag(self) -> str:
         """The ETag of what was taken."""
         if self.part_size is None:
-            return self.part.hexdigest()
+            return str(self.part.hexdigest())
         digests = self.digests if self.room == self.part_size else [*self.digests, self.part.digest()]
         return f"{md5(b''.join(digests)).hexdigest()}-{len(digests)}"
 

@@ -38,9 +38,7 @@ def test_a_member_s_bytes_lie_where_it_says(tmp_path, form):
 def test_an_archive_in_an_archive_is_read_in_place(tmp_path):
     inner = {f"{name}.tar": write(tmp_path / f"{name}.tar", {f"{name}.png": name.encode()}) for name in ("b", "c")}
     outer = write(tmp_path / "outer.tar", {name: path.read_bytes() for name, path in inner.items()})
-    found = {
-        m.name: archive.members(outer, start=m.offset, end=m.offset + m.size) for m in archive.members(outer)
-    }
+    found = {m.name: archive.members(outer, start=m.offset, end=m.offset + m.size) for m in archive.members(outer)}
     assert {name: contents(outer, members) for name, members in found.items()} == {
         "b.tar": {"b.png": b"b"},
         "c.tar": {"c.png": b"c"},

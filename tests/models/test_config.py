@@ -70,7 +70,9 @@ def test_text_that_is_not_json_is_refused():
         Outer.load("{'name': 'a'}")
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3:///x", "s3://b", "s3://data/a//b", "s3://data/../x", "s3://key:secret@data/x"])
+@pytest.mark.parametrize(
+    "url", ["s3://", "s3:///x", "s3://b", "s3://data/a//b", "s3://data/../x", "s3://key:secret@data/x"]
+)
 def test_what_is_no_prefix_in_s3_is_refused(url):
     with pytest.raises(ValueError, match="not of the form s3://BUCKET/PREFIX"):
         place_of_copy(url)

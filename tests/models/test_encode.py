@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import signal
@@ -60,13 +59,13 @@ def test_without_mirror_images_there_is_one_view(pipeline, tmp_path):
         np.testing.assert_allclose(plain.moments(index, 0), both.moments(index, 0), atol=2e-3)
 
 
-SETTINGS = {"shard_size": 7}  # 13 shards, the last one with 6 images
+SETTINGS = EncodeConfig(shard_size=7)  # 13 shards, the last one with 6 images
 
 
 def build(pipeline, root, name="latents"):
     """The stage with its work in progress below `root`; its facts."""
     inputs = {"dataset": pipeline.dataset, "codec": pipeline.codec, "state": root / "state"}
-    return build_latents(EncodeConfig(**SETTINGS), **inputs, out=root / name)
+    return build_latents(SETTINGS, **inputs, out=root / name)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,7 @@ def test_a_killed_run_goes_on_with_the_shards_that_lack(pipeline, undisturbed, t
     moment = "/done/.shard-00005.npy.json.partial"  # the shard is in place, but no note says that it is whole
     paths = {"dataset": pipeline.dataset, "codec": pipeline.codec, "state": tmp_path / "state"}
     words = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
-    command = ["latents", "--config", json.dumps(SETTINGS), "--out", str(tmp_path / "latents"), *words]
+    command = ["latents", "--config", SETTINGS.canonical(), "--out", str(tmp_path / "latents"), *words]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, moment, *command], env=os.environ | {"OMP_NUM_THREADS": "2"}, check=False
     )
@@ -139,7 +138,7 @@ def test_other_inputs_or_settings_do_not_go_on_from_this_work(pipeline, tmp_path
     artifact.write_json(tmp_path / "codec" / "manifest.json", manifest | {"config": "other"})
     inputs = {"dataset": pipeline.dataset, "codec": tmp_path / "codec", "state": tmp_path / "state"}
     (before,) = (tmp_path / "state").iterdir()
-    build_latents(EncodeConfig(**SETTINGS), **inputs, out=tmp_path / "other")
+    build_latents(SETTINGS, **inputs, out=tmp_path / "other")
     (after,) = (tmp_path / "state").iterdir()  # what was finished before is gone
     assert after.name != before.name
 

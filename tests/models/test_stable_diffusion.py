@@ -162,9 +162,7 @@ def test_without_the_autoencoder_the_error_names_three_ways_to_provide_it(path, 
     assert message.startswith(f"codec.path: {path or 'not set'}: no VAE there (")
     assert f"{sd.WEIGHTS} missing" in message
     command = message.split("`")[1]
-    assert command == (
-        f"hf download stabilityai/sd-vae-ft-ema config.json {sd.WEIGHTS} --revision {sd.REVISION}"
-    )
+    assert command == (f"hf download stabilityai/sd-vae-ft-ema config.json {sd.WEIGHTS} --revision {sd.REVISION}")
     assert command.split()[0] in {point.name for point in entry_points(group="console_scripts")}
     assert "set codec.path in params.yaml to their folder" in message
     assert "s3://BUCKET/PREFIX" in message

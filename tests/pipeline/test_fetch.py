@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from dod_models import artifact, stable_diffusion
+from dod_models.config import place_of_copy
 from dod_models.images import ImageFolder
 from dod_pipeline import cli, fetch
 
@@ -166,7 +168,7 @@ fetch.fetch(sys.argv[1], lambda name: True, again=True)
 def test_a_killed_fetch_goes_on(s3: S3, files: Path, fetched: Fetched):
     url = s3.upload(files, "killed")
     assert subprocess.run([sys.executable, "-c", KILLED, url]).returncode == -signal.SIGKILL
-    copy = fetch.place_of_copy(url)
+    copy = place_of_copy(url)
     with (copy / fetch.JOURNAL).open("a") as journal:
         journal.write('\n{"name": "tra')  # as a kill in the middle of a line leaves it
     fetch.fetch(url, everything, again=False)
@@ -214,7 +216,7 @@ def test_a_damaged_copy_is_named_when_it_is_read(s3: S3, images: Path):
     values["datasets"]["tiny"]["dataset"]["root"] = url
     Path("params.yaml").write_text(yaml.safe_dump(values))
     assert cli.main(["stage", "dataset", "tiny"]) == 0
-    path = fetch.place_of_copy(url) / "train" / "bar" / "000.png"
+    path = place_of_copy(url) / "train" / "bar" / "000.png"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"train/bar/000.png: changed since it was indexed; index it again"):
@@ -260,7 +262,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_fetched(
     s3: S3, files: Path, monkeypatch: pytest.MonkeyPatch, fetched: Fetched
 ):
     url = s3.upload(files, "room")
-    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5))
     with pytest.raises(OSError, match=r"6,000 bytes to fetch, 5 bytes are free; make room or set DOD_CACHE"):
         fetch.fetch(url, everything, again=True)
     assert fetched() == []
