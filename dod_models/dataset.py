@@ -65,9 +65,7 @@ def index_split(root: Path, split: str, classes: Classes) -> tuple[list[Entry], 
     bar = tqdm(in_order(partial(inspect, root=root), jobs), total=len(jobs), desc=f"index {split}", unit="image")
     good: list[Entry] = []
     bad: dict[str, str] = {}
-    for (place, _), result in zip(
-        jobs, tqdm(results, total=len(jobs), desc=f"index {split}", unit="image"), strict=True
-    ):
+    for (place, _), result in zip(jobs, bar, strict=True):
         if isinstance(result, str):
             bad[place.name] = result
         else:
