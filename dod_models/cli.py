@@ -44,10 +44,10 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "dataset": Stage("images", "DatasetConfig", "build_dataset", ()),
+    "dataset": Stage("dataset", "DatasetConfig", "build_dataset", ()),
     "reference": Stage("reference", "ReferenceConfig", "build_reference", ("dataset",)),
     "codec": Stage("fit_codec", "CodecConfig", "build_codec", ("dataset", "reference")),
-    "latents": Stage("encode", "EncodeConfig", "build_latents", ("dataset", "codec")),
+    "latents": Stage("encode", "EncodeConfig", "build_latents", ("dataset", "codec", "state")),
     "train": Stage("train", "TrainConfig", "fit", ("latents", "state")),
     "stage1": Stage("sample", "SampleConfig", "build_stage", ("checkpoint", "codec")),
     "stage2": Stage("sample", "SampleConfig", "build_stage", ("checkpoint", "previous", "codec")),
@@ -143,14 +143,15 @@ def main(arguments: list[str] | None = None) -> int:
             config_class, function = stage.load()
             config = config_class.load(given.config)
             facts = function(config, **{name: getattr(given, name) for name in stage.inputs}, out=given.out)
-        if given.facts is not None and os.environ.get("RANK", "0") == "0":  # one of several processes writes
+        # One of several processes writes; where all have returned nothing, it is another that sums up.
+        if given.facts is not None and facts and os.environ.get("RANK", "0") == "0":
             artifact.write_json(given.facts, facts)
     except EXPECTED_ERRORS as error:
         for bar in open_bars():  # else the message stands in the middle of one
             bar.close()
         print(f"{given.stage}: {explain(error, given.out)}", file=sys.stderr)
         return 1
-    print(f"{given.stage}: {json.dumps(facts)}" if given.facts else f"{given.stage}: wrote {given.out}")
+    print(f"{given.stage}: {json.dumps(facts)}" if given.facts and facts else f"{given.stage}: wrote {given.out}")
     return 0
 
 

@@ -13,21 +13,27 @@ import torch
 from jaxtyping import UInt8
 
 from dod_models import artifact
+from dod_models.config import this_process
 from dod_models.flow import Latent
 from dod_models.pixels import to_pixels, to_signal
 
 SCHEMA = "codec/1"
 Pixels = UInt8[np.ndarray, "B height width channels"]  # C, H and W are the latent's
-BATCH = 100  # images at a time
+BATCH = 100  # images at a time, at most
+BATCH_PIXELS = 2**19  # 8 images of 256 pixels: their activations take about 1 GB
 RECONSTRUCTIONS = "reconstructions.safetensors"  # features of the held-out images after the codec
 
-# The VAE of the paper's baselines; its config carries the scale 0.18215.
-STABLE_DIFFUSION = "stabilityai/sd-vae-ft-ema"
+
+def batch_size(image_size: int) -> int:
+    """How many images of this side go through a codec at a time; on a CPU the last bits may depend on it."""
+    return max(1, min(BATCH, BATCH_PIXELS // image_size**2))
 
 
 def device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU where there is one; each process on a machine has its own as long as there are enough."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", this_process().local_rank % torch.cuda.device_count())
 
 
 class Codec:
@@ -55,11 +61,8 @@ class Codec:
     @classmethod
     def load(cls, folder: Path) -> "Codec":
         """Read a finished stage `codec`, its weights checked against the manifest."""
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
         manifest = artifact.verify(folder, schema=SCHEMA)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True)
-        return cls(vae.to(device()), scale=manifest["about"]["scale"])
+        return cls(load_vae(folder / "vae"), scale=manifest["about"]["scale"])
 
     @torch.inference_mode()
     def encode(self, pixels: Pixels) -> tuple[Latent, Latent]:
@@ -74,18 +77,12 @@ class Codec:
 
     def decode_all(self, z: Latent) -> Iterator[UInt8[np.ndarray, "_ H W C"]]:
         """`decode` block by block, so that memory stays bounded."""
-        return (self.decode(part) for part in z.split(BATCH))
+        return (self.decode(part) for part in z.split(batch_size(z.shape[-1] * self.factor)))
 
 
-def load_stable_diffusion(path: str | None) -> Codec:
-    """Stable Diffusion's VAE from the folder `path`, or from the Hugging Face cache; never from the network."""
+def load_vae(folder: Path) -> Any:
+    """diffusers' AutoencoderKL from the folder of its config and weights, on this process's device."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    try:
-        vae = AutoencoderKL.from_pretrained(path or STABLE_DIFFUSION, local_files_only=True, use_safetensors=True)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"codec.path: {path or 'not set'}: no VAE there ({str(error).splitlines()[0]}); with network access run "
-            f"`hf download {STABLE_DIFFUSION}`, and set codec.path in params.yaml to the folder it prints"
-        ) from None
-    return Codec(vae.to(device()), scale=float(vae.config.scaling_factor))
+    vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    return vae.to(device())

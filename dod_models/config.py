@@ -1,14 +1,20 @@
-"""The frozen base of every config class: load, validate, digest.
+"""The frozen base of every config class: load, validate, digest; and the little that the environment says.
 
 A config class stands beside the function that it configures; this file holds only what they share.
 """
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+S3 = "s3://"
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]+")
+CACHE = "DOD_CACHE"  # environment: folder that keeps local copies of what lies in S3; clones may share it
 
 Config = TypeVar("Config", bound="Frozen")  # typing.Self is beyond beartype in a class it doesn't decorate
 
@@ -60,3 +66,35 @@ def explain(error: ValidationError, *, place: str) -> str:
         else:
             lines.append(f"{place}: {key}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
     return "\n".join(lines)
+
+
+def local_copy(place: str) -> Path:
+    """The folder that a config names, or for s3://BUCKET/PREFIX that of its copy; FileNotFoundError if it has none."""
+    found = place_of_copy(place) if place.startswith(S3) else Path(place)
+    if place.startswith(S3) and not found.is_dir():
+        raise FileNotFoundError(
+            f"{place}: no copy of it in {found}; `dod stage` fetches it, `python -m dod_models.cli` does not"
+        )
+    return found
+
+
+def place_of_copy(url: str) -> Path:
+    """Where the copy of s3://BUCKET/PREFIX lies on this machine; ValueError if the URL is none."""
+    bucket, *prefix = url.removeprefix(S3).rstrip("/").split("/")
+    if not BUCKET.fullmatch(bucket) or {"", ".", ".."} & set(prefix):
+        raise ValueError(f"{url}: not of the form s3://BUCKET/PREFIX")
+    return Path(os.environ.get(CACHE, ".state"), "s3", bucket, *prefix)
+
+
+class Process(NamedTuple):
+    """This process among those that share a stage's work."""
+
+    rank: int  # from 0
+    world: int  # how many there are
+    local_rank: int  # among those on this machine: which GPU is whose
+
+
+def this_process() -> Process:
+    """As torchrun, accelerate and Ray Train state it in the environment; without them, the only one."""
+    said = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | os.environ
+    return Process(int(said["RANK"]), int(said["WORLD_SIZE"]), int(said["LOCAL_RANK"]))

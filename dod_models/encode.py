@@ -1,18 +1,31 @@
-"""Stage `latents`: encode the training images, and their mirror images where asked, into memory-mapped shards."""
+"""Stage `latents`: encode the training images, and their mirror images where asked, into memory-mapped shards.
 
+A shard is the unit of work: one of several processes encodes every so many of them, a killed run goes on with those
+that lack. Its bytes depend on its images alone, which go through the codec in batches that start where the shard does,
+on one thread of a CPU. More of its cores are for more processes.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from pydantic import PositiveInt
 from tqdm import tqdm
 
 from dod_models import artifact
 from dod_models.codec import SCHEMA as CODEC_SCHEMA
-from dod_models.codec import Codec
-from dod_models.config import Frozen
+from dod_models.codec import Codec, batch_size
+from dod_models.config import Frozen, Process, this_process
 from dod_models.data import SCHEMA, shard_name
 from dod_models.images import ImageFolder
+
+log = logging.getLogger(__name__)
 
 
 class EncodeConfig(Frozen):
@@ -20,6 +33,25 @@ class EncodeConfig(Frozen):
 
     mirror: bool = True  # store the mirror image too; digits have none
     shard_size: PositiveInt = 4096  # images in a shard
+
+
+class Sums(NamedTuple):
+    """Of the posterior means in a shard, in float64."""
+
+    total: float
+    squares: float
+    numbers: int
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: how convolutions are split over several changes their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def encode_batch(codec: Codec, pixels: np.ndarray, *, mirror: bool) -> np.ndarray:
@@ -34,33 +66,116 @@ def encode_batch(codec: Codec, pixels: np.ndarray, *, mirror: bool) -> np.ndarra
     return stacked.astype(np.float16)
 
 
-def build_latents(config: EncodeConfig, *, dataset: Path, codec: Path, out: Path) -> dict[str, Any]:
-    """Write shards and labels of the train split; return count, mean and standard deviation of the latents' means."""
-    with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
-        loaded, images = Codec.load(codec), ImageFolder(dataset, "train")
-        size = artifact.read_manifest(codec, schema=CODEC_SCHEMA)["about"]["image_size"]
-        total, squares, numbers = 0.0, 0.0, 0
-        bar = tqdm(total=len(images), desc="encode", unit="image")
-        for shard, start in enumerate(range(0, len(images), config.shard_size)):
-            stop = min(start + config.shard_size, len(images))
+class Work:
+    """The shards under work in `folder`: `out/` holds those that are whole, `done/` a note of each one's digest."""
+
+    def __init__(self, folder: Path, images: ImageFolder, config: EncodeConfig) -> None:
+        self.out, self.done, self.images, self.config = folder / "out", folder / "done", images, config
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        """How many shards there are."""
+        return -(-len(self.images) // self.config.shard_size)
+
+    def rows(self, shard: int) -> range:
+        """The images of a shard."""
+        return range(len(self.images))[shard * self.config.shard_size :][: self.config.shard_size]
+
+    def note(self, shard: int) -> Path:
+        """Where a whole shard's digest and sums stand."""
+        return self.done / f"{shard_name(shard)}.json"
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard is there; one that was damaged since is not."""
+        if not self.note(shard).exists():
+            return False
+        try:
+            artifact.check_file(self.out / shard_name(shard), artifact.read_json(self.note(shard))["sha256"])
+        except artifact.DamagedError as error:
+            log.warning(f"latents: encoding a shard again: {error}")
+            return False
+        return True
+
+    def sums(self, shard: int) -> Sums:
+        """What is known of a whole shard's numbers."""
+        return Sums(*artifact.read_json(self.note(shard))["sums"])
+
+    def save(self, name: str, array: np.ndarray) -> str:
+        """Put an array in place, whole; returns its file's digest."""
+        partial = self.out / f".{name}.partial"
+        with partial.open("wb") as file:
+            np.save(file, array)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = artifact.sha256_file(partial)
+        os.replace(partial, self.out / name)
+        return digest
+
+    def save_shard(self, shard: int, moments: np.ndarray) -> None:
+        """Put a shard in place, then its note."""
+        digest = self.save(shard_name(shard), moments)
+        means = moments[:, :, 0].astype(np.float64)
+        sums = Sums(float(means.sum()), float((means**2).sum()), means.size)
+        artifact.write_json(self.note(shard), {"sha256": digest, "sums": sums})
+
+
+def encode(work: Work, codec: Codec, process: Process, *, size: int) -> None:
+    """Encode those of the process's shards that lack."""
+    shards = range(process.rank, len(work), process.world)
+    wanted = [shard for shard in shards if not work.has(shard)]
+    count = sum(len(work.rows(shard)) for shard in shards)
+    done = count - sum(len(work.rows(shard)) for shard in wanted)
+    if 0 < done < count:
+        log.info(f"latents: going on from {done} of {count} images")
+    title = "encode" if process.world == 1 else f"encode, process 1 of {process.world}"
+    shape = {"size": size, "channels": codec.channels, "count": batch_size(size)}
+    with tqdm(total=count, initial=done, desc=title, unit="image", disable=process.rank > 0) as bar:
+        for shard in wanted:
             batches = []
-            for pixels in images.blocks(size=size, channels=loaded.channels, start=start, stop=stop):
-                batches.append(encode_batch(loaded, pixels, mirror=config.mirror))
+            for pixels in work.images.blocks(**shape, rows=work.rows(shard)):
+                batches.append(encode_batch(codec, pixels, mirror=work.config.mirror))
                 bar.update(len(pixels))
-            moments = np.concatenate(batches)
-            np.save(folder.path / shard_name(shard), moments)
-            means = moments[:, :, 0].astype(np.float64)
-            total, squares, numbers = total + means.sum(), squares + (means**2).sum(), numbers + means.size
-        bar.close()
-        np.save(folder.path / "labels.npy", images.labels)
+            work.save_shard(shard, np.concatenate(batches))
+
+
+def build_latents(config: EncodeConfig, *, dataset: Path, codec: Path, out: Path, state: Path) -> dict[str, Any]:
+    """Write shards and labels of the train split; return count, mean and standard deviation of the latents' means.
+
+    Work in progress lies under `state`, keyed by config, codec and data set. Of several processes each one encodes its
+    share and returns nothing; a process on its own encodes what lacks and puts `out` together, to the same bytes.
+    """
+    loaded, images = Codec.load(codec), ImageFolder(dataset, "train")
+    size = artifact.read_manifest(codec, schema=CODEC_SCHEMA)["about"]["image_size"]
+    inputs = [artifact.sha256_file(folder / artifact.MANIFEST) for folder in (dataset, codec)]
+    key = hashlib.sha256("/".join([config.digest, *inputs]).encode()).hexdigest()[:32]
+    process = this_process()
+    alone = process.world == 1
+    with artifact.locked(state / key / ("out" if alone else f"process-{process.rank}")):
+        work = Work(state / key, images, config)
+        with one_thread():
+            encode(work, loaded, process, size=size)
+        if not alone:
+            return {}
+        artifact.forget_finished(state, but=key)
         side = size // loaded.factor
-        folder.about = {
+        about = {
             "count": len(images),
             "classes": len(images.classes),
             "views": 1 + config.mirror,
             "latent_shape": [loaded.latent_channels, side, side],
             "shard_size": config.shard_size,
-            "codec": artifact.sha256_file(codec / artifact.MANIFEST),
+            "codec": inputs[1],
         }
+        work.save("labels.npy", images.labels)
+        artifact.describe(work.out, schema=SCHEMA, config=config.digest, about=about)
+        artifact.publish(work.out, out)
+    return {"count": len(images), **summary([work.sums(shard) for shard in range(len(work))])}
+
+
+def summary(shards: list[Sums]) -> dict[str, float]:
+    """Mean and standard deviation, summed in the order of the shards, whoever encoded them."""
+    total, squares, numbers = 0.0, 0.0, 0
+    for sums in shards:
+        total, squares, numbers = total + sums.total, squares + sums.squares, numbers + sums.numbers
     mean = total / numbers
-    return {"count": len(images), "mean": mean, "std": (squares / numbers - mean**2) ** 0.5}
+    return {"mean": mean, "std": (squares / numbers - mean**2) ** 0.5}

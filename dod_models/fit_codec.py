@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import trange
 
-from dod_models import artifact, draws
-from dod_models.codec import BATCH, RECONSTRUCTIONS, SCHEMA, Codec, load_stable_diffusion
+from dod_models import artifact, draws, stable_diffusion
+from dod_models.codec import BATCH, RECONSTRUCTIONS, SCHEMA, Codec, batch_size
 from dod_models.config import Frozen
 from dod_models.evaluate import psnr, score
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
@@ -23,7 +23,9 @@ class CodecConfig(Frozen):
     """Which autoencoder, and how the small one is trained."""
 
     source: Literal["train", "stable-diffusion"] = "train"
-    path: str | None = None  # for "stable-diffusion": folder with the VAE; None looks into the Hugging Face cache
+    path: str | None = None  # for "stable-diffusion": folder or s3://BUCKET/PREFIX; None: the Hugging Face cache
+    revision: str = Field(stable_diffusion.REVISION, pattern="^[0-9a-f]{40}$")  # of the cache's repository
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # of the weights; None: recorded, not required
     image_size: PositiveInt = 32  # pixels
     channels: PositiveInt = 1  # of an image
     latent_channels: PositiveInt = 4
@@ -92,27 +94,34 @@ def measure_scale(vae: Any, pixels: np.ndarray) -> float:
     return float(second_moment.rsqrt())
 
 
+def blocks_of(config: CodecConfig, dataset: Path, split: str) -> Iterator[np.ndarray]:
+    """A split's images, as many at a time as fit the codec."""
+    count = batch_size(config.image_size)
+    return ImageFolder(dataset, split).blocks(size=config.image_size, channels=config.channels, count=count)
+
+
 def build_codec(config: CodecConfig, *, dataset: Path, reference: Path, out: Path) -> dict[str, Any]:
     """Make the codec; return PSNR and the scores of its reconstructions (posterior means) of the held-out images."""
     with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
-        shape = {"size": config.image_size, "channels": config.channels}
+        origin: dict[str, Any] = {}
         if config.source == "train":
-            pixels = np.concatenate(list(ImageFolder(dataset, "train").blocks(**shape)))
+            pixels = np.concatenate(list(blocks_of(config, dataset, "train")))
             vae = train_vae(config, pixels)
             codec = Codec(vae, scale=measure_scale(vae, pixels))
         else:
-            codec = load_stable_diffusion(config.path)
+            taken = stable_diffusion.load(config.path, revision=config.revision, sha256=config.sha256)
+            codec, origin = taken.codec, {"weights": taken.origin}
         codec.vae.save_pretrained(folder.path / "vae", safe_serialization=True)
         quality: list[float] = []
 
         def reconstructions() -> Iterator[np.ndarray]:
-            for originals in ImageFolder(dataset, "val").blocks(**shape):
+            for originals in blocks_of(config, dataset, "val"):
                 rebuilt = codec.decode(codec.encode(originals)[0])
                 quality.extend(psnr(rebuilt, originals))
                 yield rebuilt
 
         found = Extractor.load(reference)(reconstructions())
         found.save(folder.path / RECONSTRUCTIONS)
-        folder.about = {"scale": codec.scale, "factor": codec.factor, "image_size": config.image_size}
+        folder.about = {"scale": codec.scale, "factor": codec.factor, "image_size": config.image_size, **origin}
     real = FeatureSet.load(reference, "train.safetensors", schema=REFERENCE_SCHEMA)
     return {"psnr": float(np.mean(quality)), "scale": codec.scale, **score(found.mixed(), real)}

@@ -26,6 +26,7 @@ class ReferenceConfig(Frozen):
 
     image_size: PositiveInt = 32  # pixels
     channels: PositiveInt = 1  # 1 grey, 3 RGB
+    num_images: PositiveInt | None = None  # of each split, evenly spaced in the index; they are held in memory
     epochs: PositiveInt = 14
     batch_size: PositiveInt = 64
     learning_rate: PositiveFloat = 4e-3  # peak of the one-cycle schedule
@@ -69,17 +70,19 @@ def build_reference(config: ReferenceConfig, *, dataset: Path, out: Path) -> dic
     with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
         splits = {split: ImageFolder(dataset, split) for split in ("train", "val")}
         shape = {"size": config.image_size, "channels": config.channels}
-        pixels = {split: list(images.blocks(**shape)) for split, images in splits.items()}
+        rows = {split: images.spread(config.num_images) for split, images in splits.items()}
+        labels = {split: torch.from_numpy(images.labels[rows[split]]) for split, images in splits.items()}
+        pixels = {split: list(images.blocks(**shape, rows=rows[split])) for split, images in splits.items()}
         signal = to_signal(np.concatenate(pixels["train"]))
         num_classes = len(splits["train"].classes)
-        net = train_net(config, signal, torch.from_numpy(splits["train"].labels), num_classes)
+        net = train_net(config, signal, labels["train"], num_classes)
         save_file(net.state_dict(), folder.path / EXTRACTOR_FILE)
         extractor = Extractor(net, artifact.sha256_file(folder.path / EXTRACTOR_FILE))
         accuracy = {}
         for split, blocks in pixels.items():
             found = extractor(blocks)
             found.save(folder.path / f"{split}.safetensors")
-            hits = found.logits.argmax(dim=1) == torch.from_numpy(splits[split].labels)
+            hits = found.logits.argmax(dim=1) == labels[split]
             accuracy[split] = hits.double().mean().item()
         folder.about = {
             "channels": config.channels,

@@ -76,15 +76,15 @@ def parser() -> argparse.ArgumentParser:
 def do_run(given: argparse.Namespace) -> int:
     """Make the experiments' stages where they are outdated, through Dagster; then their tables and pictures."""
     from dod_models import artifact
-    from dod_pipeline import runs
+    from dod_pipeline import runs, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     jobs = runs.run(params, given.experiments, given.until)
-    for stage, key in jobs:
-        if stage == "train":  # what DVC has recorded need not be kept twice
-            artifact.forget_finished(Path(".state", stage, key))
+    for stage, key in jobs:  # what DVC has recorded need not be kept twice
+        for state in stages.state_of(stage, key).values():
+            artifact.forget_finished(state)
     show_results(params, jobs)
     return 0
 
@@ -117,7 +117,7 @@ def do_stage(given: argparse.Namespace) -> int:
 
         lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
-    from dod_pipeline import costs, history, launch, stages
+    from dod_pipeline import costs, fetch, history, launch, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
@@ -127,6 +127,7 @@ def do_stage(given: argparse.Namespace) -> int:
 
         report.write(job)
         return 0
+    fetch.inputs(job)
     started = time.monotonic()
     code = launch.run(job)
     if code != 0:

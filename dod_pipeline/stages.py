@@ -74,13 +74,13 @@ def paths(params: Params, stage: str, key: str) -> tuple[dict[str, Path], Path, 
     """Inputs, output, and the file for the numbers."""
     facts = Path("facts", stage, f"{key}.json")
     if stage in BY_DATASET:
-        inputs = {name: Path(name, key) for name in COMPUTATIONS[stage].inputs}
-        return inputs, Path(stage, key), facts
+        inputs = {name: Path(name, key) for name in COMPUTATIONS[stage].inputs if name != "state"}
+        return inputs | state_of(stage, key), Path(stage, key), facts
     if stage == "report":
         return shown(params.experiments[key].data, key), Path(stage, f"{key}.html"), None
     if stage == "train":
         latents = Path("latents", params.experiments[key].data)
-        return {"latents": latents, "state": Path(".state", stage, key)}, Path(stage, key), facts
+        return {"latents": latents} | state_of(stage, key), Path(stage, key), facts
     item = params.checkpoints[key]
     samples = Path("samples", item.experiment, key)
     known = {
@@ -95,6 +95,12 @@ def paths(params: Params, stage: str, key: str) -> tuple[dict[str, Path], Path, 
     if stage in ("metrics", "sweeps"):
         return inputs, Path(stage, item.experiment, f"{key}.json"), None
     return inputs, samples / stage, Path("facts", stage, f"{key}.json")
+
+
+def state_of(stage: str, key: str) -> dict[str, Path]:
+    """Where a stage that can go on after a kill keeps its work in progress."""
+    resumes = stage in COMPUTATIONS and "state" in COMPUTATIONS[stage].inputs
+    return {"state": Path(".state", stage, key)} if resumes else {}
 
 
 def shown(data: str, experiment: str) -> dict[str, Path]:

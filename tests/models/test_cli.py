@@ -64,7 +64,7 @@ def test_a_bug_shows_its_traceback(tmp_path, monkeypatch):
     def broken(config, *, out):
         raise KeyError("bug")
 
-    monkeypatch.setattr("dod_models.images.build_dataset", broken)
+    monkeypatch.setattr("dod_models.dataset.build_dataset", broken)
     with pytest.raises(KeyError, match="bug"):
         cli.main(["dataset", "--config", "{}", "--out", str(tmp_path / "out")])
 

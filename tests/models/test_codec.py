@@ -6,13 +6,12 @@ import torch
 
 from dod_models import artifact
 from dod_models.artifact import DamagedError
-from dod_models.codec import SCHEMA, Codec, load_stable_diffusion
+from dod_models.codec import SCHEMA, Codec, batch_size
 from dod_models.evaluate import psnr
 from dod_models.features import Extractor, FeatureSet
-from dod_models.fit_codec import CodecConfig, build_codec, measure_scale, small_vae, train_vae
+from dod_models.fit_codec import CodecConfig, measure_scale, small_vae, train_vae
 from dod_models.images import ImageFolder
 from dod_models.pixels import to_pixels, to_signal
-from dod_models.reference import ReferenceConfig, build_reference
 
 from . import tiny
 
@@ -85,10 +84,14 @@ def test_reconstructions_tell_more_than_the_mean_image(pipeline):
 
 def test_blocks_do_not_change_what_is_decoded(codec, monkeypatch):
     z = torch.randn(7, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("dod_models.codec.BATCH", 3)
+    monkeypatch.setattr("dod_models.codec.BATCH_PIXELS", 3 * tiny.SIZE**2)
     parts = list(codec.decode_all(z))
     assert [len(part) for part in parts] == [3, 3, 1]
     assert np.abs(codec.decode(z).astype(int) - np.concatenate(parts)).max() <= 1
+
+
+def test_large_images_go_through_in_small_batches():
+    assert [batch_size(side) for side in (16, 32, 64, 128, 256, 512, 4096)] == [100, 100, 100, 32, 8, 2, 1]
 
 
 def test_a_damaged_codec_is_refused_and_its_file_named(pipeline, tmp_path):
@@ -111,75 +114,6 @@ def test_a_diverging_training_is_an_error_that_names_the_step():
     config = CodecConfig(widths=(8, 8), groups=4, steps=21, batch_size=4, learning_rate=1e20)
     with pytest.raises(FloatingPointError, match=r"codec: the loss is \w+ at step 20; lower"):
         train_vae(config, pixels)
-
-
-@pytest.fixture(scope="module")
-def stable_diffusion(tmp_path_factory):
-    """Stable Diffusion's architecture (4 levels, two layers each, attention in the middle), narrow, weights random."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    levels = 4
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(4, 8, 8, 8),
-        layers_per_block=2,
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.18215,
-    )
-    folder = tmp_path_factory.mktemp("sd-vae")
-    vae.save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-def test_stable_diffusion_s_architecture_goes_through_the_same_class(stable_diffusion):
-    codec = load_stable_diffusion(str(stable_diffusion))
-    assert (codec.scale, codec.factor, codec.channels, codec.latent_channels) == (0.18215, 8, 3, 4)
-    pixels = np.random.default_rng(0).integers(0, 256, size=(2, 32, 32, 3), dtype=np.uint8)
-    mean, std = codec.encode(pixels)
-    posterior = codec.vae.encode(to_signal(pixels)).latent_dist
-    torch.testing.assert_close(mean, 0.18215 * posterior.mean)
-    torch.testing.assert_close(std, 0.18215 * posterior.std)
-    assert np.array_equal(codec.decode(mean), to_pixels(codec.vae.decode(mean / 0.18215).sample))
-
-
-def test_the_stage_takes_stable_diffusion_s_autoencoder_as_it_is(stable_diffusion, pipeline, tmp_path):
-    colour = ReferenceConfig(image_size=16, channels=3, epochs=1)
-    build_reference(colour, dataset=pipeline.dataset, out=tmp_path / "reference")
-    config = CodecConfig(source="stable-diffusion", path=str(stable_diffusion), image_size=16, channels=3)
-    inputs = {"dataset": pipeline.dataset, "reference": tmp_path / "reference"}
-    assert build_codec(config, **inputs, out=tmp_path / "codec")["scale"] == 0.18215
-    stored, given = (
-        Codec.load(tmp_path / "codec").vae.state_dict(),
-        load_stable_diffusion(str(stable_diffusion)).vae.state_dict(),
-    )
-    assert stored.keys() == given.keys()
-    assert all(torch.equal(stored[name], given[name]) for name in given)
-
-
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers to huggingface_hub
-@pytest.mark.parametrize("path", [None, "/nowhere/vae"])
-def test_without_the_autoencoder_the_error_names_path_and_remedy(path, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError) as caught:
-        load_stable_diffusion(path)
-    message = str(caught.value)
-    assert message.startswith(f"codec.path: {path or 'not set'}: no VAE there")
-    assert "download stabilityai/sd-vae-ft-ema" in message
-    assert "set codec.path in params.yaml" in message
-
-
-def test_the_remedy_is_a_command_that_exists(monkeypatch, tmp_path):
-    from importlib.metadata import entry_points
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError) as caught:
-        load_stable_diffusion("/nowhere/vae")
-    command = str(caught.value).split("`")[1].split()[0]
-    assert command in {point.name for point in entry_points(group="console_scripts")}
 
 
 def test_the_small_autoencoder_halves_the_side_once_a_level():

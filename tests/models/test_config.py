@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from dod_models.config import Frozen
+from dod_models.config import Frozen, local_copy, place_of_copy, this_process
 
 
 class Inner(Frozen):
@@ -67,3 +68,31 @@ def test_a_config_is_read_from_a_file_too(tmp_path):
 def test_text_that_is_not_json_is_refused():
     with pytest.raises(ValueError, match=r"^the command line: not JSON"):
         Outer.load("{'name': 'a'}")
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://", "s3:///x", "s3://b", "s3://data/a//b", "s3://data/../x", "s3://key:secret@data/x"]
+)
+def test_what_is_no_prefix_in_s3_is_refused(url):
+    with pytest.raises(ValueError, match="not of the form s3://BUCKET/PREFIX"):
+        place_of_copy(url)
+
+
+def test_a_copy_lies_below_the_cache_and_a_folder_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOD_CACHE", str(tmp_path))
+    copy = tmp_path / "s3" / "data" / "a" / "b"
+    with pytest.raises(FileNotFoundError, match=rf"s3://data/a/b/: no copy of it in {copy}; `dod stage` fetches it"):
+        local_copy("s3://data/a/b/")
+    copy.mkdir(parents=True)
+    assert local_copy("s3://data/a/b/") == local_copy("s3://data/a/b") == copy
+    assert local_copy("images") == Path("images")
+
+
+def test_a_process_knows_its_place_from_the_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert this_process() == (0, 1, 0)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert this_process() == (5, 8, 1)

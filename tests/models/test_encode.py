@@ -1,3 +1,9 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -46,11 +52,103 @@ def test_the_facts_are_mean_and_deviation_of_the_means(pipeline):
 
 
 def test_without_mirror_images_there_is_one_view(pipeline, tmp_path):
-    build_latents(EncodeConfig(mirror=False), dataset=pipeline.dataset, codec=pipeline.codec, out=tmp_path / "latents")
+    inputs = {"dataset": pipeline.dataset, "codec": pipeline.codec, "state": tmp_path / "state"}
+    build_latents(EncodeConfig(mirror=False), **inputs, out=tmp_path / "latents")
     plain, both = LatentShards(tmp_path / "latents"), LatentShards(pipeline.latents)
     assert plain.views == 1
     for index in (0, 50, 89):
         np.testing.assert_allclose(plain.gather([index], [0]), both.gather([index], [0]), atol=2e-3)
+
+
+SETTINGS = EncodeConfig(shard_size=7)  # 13 shards, the last one with 6 images
+
+
+def build(pipeline, root, name="latents"):
+    """The stage with its work in progress below `root`; its facts."""
+    inputs = {"dataset": pipeline.dataset, "codec": pipeline.codec, "state": root / "state"}
+    return build_latents(SETTINGS, **inputs, out=root / name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pipeline, tmp_path_factory):
+    """Digests and facts of one process that nobody disturbed."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    facts = build(pipeline, root)
+    return tiny.digests(root / "latents"), facts
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_number_of_processes_changes_no_byte(pipeline, undisturbed, tmp_path, monkeypatch, world):
+    for rank in reversed(range(world)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert build(pipeline, tmp_path) == {}
+        assert not (tmp_path / "latents").exists()
+        written = {p.name for p in tmp_path.rglob("shard-*.npy")}
+        assert written == {f"shard-{s:05}.npy" for s in range(13) if s % world >= rank}
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("dod_models.encode.encode_batch", None)  # nothing is left to encode
+    facts = build(pipeline, tmp_path)
+    assert (tiny.digests(tmp_path / "latents"), facts) == undisturbed
+
+
+# `python -m dod_models.cli` in a process that kills itself with SIGKILL when it comes to rename a certain file.
+DRIVER = """
+import os, signal, sys
+name, *arguments = sys.argv[1:]
+def die(event, details):
+    if event == "os.rename" and str(details[0]).endswith(name):
+        os.kill(os.getpid(), signal.SIGKILL)
+from dod_models import cli
+sys.addaudithook(die)
+sys.exit(cli.main(arguments))
+"""
+
+
+def test_a_killed_run_goes_on_with_the_shards_that_lack(pipeline, undisturbed, tmp_path, caplog):
+    moment = "/done/.shard-00005.npy.json.partial"  # the shard is in place, but no note says that it is whole
+    paths = {"dataset": pipeline.dataset, "codec": pipeline.codec, "state": tmp_path / "state"}
+    words = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+    command = ["latents", "--config", SETTINGS.canonical(), "--out", str(tmp_path / "latents"), *words]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, moment, *command], env=os.environ | {"OMP_NUM_THREADS": "2"}, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "latents").exists()
+    assert build(pipeline, tmp_path) == undisturbed[1]
+    assert "latents: going on from 35 of 90 images" in caplog.text  # shards 0 to 4
+    assert tiny.digests(tmp_path / "latents") == undisturbed[0]
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_encoded_again(pipeline, undisturbed, tmp_path, caplog):
+    build(pipeline, tmp_path)
+    (shard,) = (tmp_path / "state").glob("*/out/shard-00003.npy")
+    data = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    build(pipeline, tmp_path, "again")
+    assert "encoding a shard again" in caplog.text and "shard-00003.npy: sha256 is" in caplog.text
+    assert tiny.digests(tmp_path / "again") == tiny.digests(tmp_path / "latents") == undisturbed[0]
+
+
+def test_other_inputs_or_settings_do_not_go_on_from_this_work(pipeline, tmp_path):
+    build(pipeline, tmp_path)
+    shutil.copytree(pipeline.codec, tmp_path / "codec")
+    manifest = artifact.read_json(tmp_path / "codec" / "manifest.json")
+    artifact.write_json(tmp_path / "codec" / "manifest.json", manifest | {"config": "other"})
+    inputs = {"dataset": pipeline.dataset, "codec": tmp_path / "codec", "state": tmp_path / "state"}
+    (before,) = (tmp_path / "state").iterdir()
+    build_latents(SETTINGS, **inputs, out=tmp_path / "other")
+    (after,) = (tmp_path / "state").iterdir()  # what was finished before is gone
+    assert after.name != before.name
+
+
+def test_a_second_process_of_the_same_rank_is_kept_out(pipeline, tmp_path):
+    build(pipeline, tmp_path)
+    (work,) = (tmp_path / "state").glob("*/out")
+    with artifact.locked(work), pytest.raises(BlockingIOError, match="another process is writing here"):
+        build(pipeline, tmp_path)
 
 
 def test_numbers_beyond_fp16_are_refused(codec):

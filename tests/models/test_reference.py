@@ -5,7 +5,7 @@ import torch
 from dod_models import artifact
 from dod_models.features import SCHEMA, Extractor, FeatureSet
 from dod_models.images import ImageFolder
-from dod_models.reference import ReferenceConfig, augment, train_net
+from dod_models.reference import ReferenceConfig, augment, build_reference, train_net
 
 from . import tiny
 
@@ -17,6 +17,25 @@ def test_stored_features_are_those_of_the_real_images_under_the_stored_net(pipel
         stored = FeatureSet.load(pipeline.reference, f"{split}.safetensors", schema=SCHEMA)
         assert torch.equal(extractor([images]).features, stored.features)
         assert torch.equal(extractor([images]).logits, stored.logits)
+
+
+def test_a_share_of_the_images_is_spread_over_all_classes(pipeline, tmp_path):
+    config = ReferenceConfig(image_size=tiny.SIZE, channels=1, epochs=1, num_images=9)
+    facts = build_reference(config, dataset=pipeline.dataset, out=tmp_path / "reference")
+    rows = [0, 10, 20, 30, 40, 50, 60, 70, 80]  # of 90, 30 in each class
+    for split in ("train", "val"):
+        folder = ImageFolder(pipeline.dataset, split)
+        images = np.stack([folder.read(i, size=tiny.SIZE, channels=1) for i in rows])
+        stored = FeatureSet.load(tmp_path / "reference", f"{split}.safetensors", schema=SCHEMA)
+        assert torch.equal(Extractor.load(tmp_path / "reference")([images]).features, stored.features)
+        assert folder.labels[rows].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    hits = stored.logits.argmax(dim=1) == torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    assert facts["accuracy"] == pytest.approx(hits.double().mean().item())
+
+
+@pytest.mark.parametrize("count", [None, 90, 1000])
+def test_no_more_images_are_taken_than_there_are(pipeline, count):
+    assert list(ImageFolder(pipeline.dataset, "train").spread(count)) == list(range(90))
 
 
 def test_numbers_carry_the_extractor_s_name_and_digest(pipeline):

@@ -1,15 +1,18 @@
 """Real things of tiny size: images, models with random weights, and the whole pipeline through the command line."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.io
 import torch
 from PIL import Image
 
-from dod_models import artifact, cli
+from dod_models import artifact, cli, devkit, layout
 from dod_models.model import DoD, ModelConfig
 
 SIZE = 16  # pixels
@@ -98,6 +101,46 @@ def write_images(root: Path, *, per_class: int = PER_CLASS, seed: int = 0) -> Pa
     return root
 
 
+def pack(files: Path, archive: Path) -> Path:
+    """An archive of the files in a folder, in no order."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted(files.iterdir(), reverse=True):
+            tar.add(path, path.name)
+    return archive
+
+
+def pack_images(images: Path, root: Path) -> Path:
+    """The same data set with an archive for each class."""
+    for folder in images.glob("*/*"):
+        pack(folder, root / folder.parent.name / f"{folder.name}.tar")
+    return root
+
+
+def pack_officially(images: Path, root: Path) -> Path:
+    """The same data set in the three files that ImageNet comes in."""
+    for folder in (images / "train").iterdir():
+        pack(folder, root / "classes" / f"{folder.name}.tar")
+    pack(root / "classes", root / layout.TRAIN)
+    shutil.rmtree(root / "classes")
+    names = sorted((path.name, path) for path in (images / "val").glob("*/*"))
+    with tarfile.open(root / layout.VAL, "w") as tar:
+        for number, (_, path) in enumerate(names):
+            tar.add(path, f"ILSVRC2012_val_{number:08}.{path.suffix.lstrip('.').upper()}")
+    numbers = {name: 7 + place for place, name in enumerate(reversed(CLASSES))}  # the kit's order is its own
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+    synsets = np.array([(number, name, f"a {name}") for name, number in numbers.items()], dtype=fields)
+    meta = io.BytesIO()
+    scipy.io.savemat(meta, {"synsets": synsets})
+    truth = "".join(f"{numbers[path.parent.name]}\n" for _, path in names).encode()
+    with tarfile.open(root / layout.KIT, "w:gz") as tar:
+        for name, data in ((devkit.SYNSETS, meta.getvalue()), (devkit.TRUTH, truth)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return root
+
+
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder."""
     return {p.relative_to(folder).as_posix(): artifact.sha256_file(p) for p in folder.rglob("*") if p.is_file()}
@@ -130,7 +173,7 @@ def pipeline(root: Path) -> Pipeline:
             {**size, "widths": [8, 8, 16], "groups": 4, "steps": 60, "batch_size": 16},
             data | {"reference": root / "reference"},
         ),
-        ("latents", {"shard_size": 40}, data | {"codec": root / "codec"}),
+        ("latents", {"shard_size": 40}, data | {"codec": root / "codec", "state": root / "latents-state"}),
         ("train", TRAIN, {"latents": root / "latents", "state": root / "state"}),
         ("stage1", SAMPLING, model),
         ("stage2", GUIDED, model | {"previous": root / "stage1"}),

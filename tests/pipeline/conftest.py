@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from . import project as tiny
+from .bucket import S3, serve
 from .processes import end_all
 from .project import Project
 
@@ -89,3 +90,18 @@ def home(own: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("DAGSTER_HOME", str(found))
     yield found
     end_all()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A real S3 server of this worker's own."""
+    with serve(tmp_path_factory.mktemp("s3")) as found:
+        yield found
+
+
+@pytest.fixture
+def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The server, as boto3's usual chain finds it."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    return server

@@ -33,7 +33,7 @@ MIDDLE = {
     "dataset": "/.tiny.partial/val.jsonl",
     "reference": "/.tiny.partial/extractor.safetensors",
     "codec": "/.tiny.partial/vae/config.json",
-    "latents": "/.tiny.partial/labels.npy",
+    "latents": "/out/.shard-00001.npy.partial",
     "train": "/out/.step-4.partial/.manifest.json.partial",
     "stage1": "/.stage1.partial/grid.png",
     "stage2": "/.stage2.partial/grid.png",
