@@ -32,12 +32,12 @@ ONES = torch.ones(2, 1, 1, 1, dtype=torch.float64)
 
 
 def global_error(num_steps: int) -> float:
-    end = integrate(growth, ONES, solver="euler", num_steps=num_steps)
+    end = integrate(growth, ONES, SampleConfig(solver="euler", num_steps=num_steps))
     return abs(end[0].item() - math.e)
 
 
 def test_euler_is_compound_interest():
-    end = integrate(growth, ONES, solver="euler", num_steps=10)
+    end = integrate(growth, ONES, SampleConfig(solver="euler", num_steps=10))
     assert end.flatten().tolist() == pytest.approx([1.1**10] * 2, rel=1e-6)
 
 
@@ -53,13 +53,13 @@ def test_euler_calls_the_velocity_once_a_step_from_noise_on(num_steps):
         times.append(t.tolist())
         return torch.zeros_like(x)
 
-    integrate(velocity, ONES, solver="euler", num_steps=num_steps)
+    integrate(velocity, ONES, SampleConfig(solver="euler", num_steps=num_steps))
     expected = [[n / num_steps] * 2 for n in range(num_steps)]
     assert np.array(times) == pytest.approx(np.array(expected), abs=1e-6)
 
 
 def test_dopri5_meets_its_tolerance():
-    end = integrate(growth, ONES, solver="dopri5", num_steps=1)
+    end = integrate(growth, ONES, SampleConfig(solver="dopri5", num_steps=1))
     assert abs(end[0].item() - math.e) < 1e-3 * math.e  # one Euler step gives 2, ten give 2.59
 
 
@@ -67,7 +67,7 @@ def test_a_straight_path_needs_one_step():
     data = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     for solver in ("euler", "dopri5"):
-        end = integrate(lambda x, t: data - noise, noise, solver=solver, num_steps=1)
+        end = integrate(lambda x, t: data - noise, noise, SampleConfig(solver=solver, num_steps=1))
         torch.testing.assert_close(end, data, rtol=0, atol=1e-5)
 
 
@@ -84,9 +84,9 @@ def test_easy_samples_do_not_loosen_a_hard_one_s_tolerance():
     def velocity(x, t):
         return 20 * torch.cos(30 * t).view(-1, 1, 1, 1) * x  # a sample at zero stays there
 
-    alone = integrate(velocity, hard, solver="dopri5", num_steps=1)
+    alone = integrate(velocity, hard, SampleConfig(solver="dopri5", num_steps=1))
     crowd = torch.cat([hard, torch.zeros(999, 1, 1, 1)])
-    together = integrate(velocity, crowd, solver="dopri5", num_steps=1)
+    together = integrate(velocity, crowd, SampleConfig(solver="dopri5", num_steps=1))
     torch.testing.assert_close(together[:1], alone, rtol=1e-6, atol=0)
 
 
