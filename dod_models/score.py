@@ -14,8 +14,8 @@ from dod_models.evaluate import score
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
 from dod_models.features import Extractor, FeatureSet
 from dod_models.flow import Latent
-from dod_models.sample import SCHEMA as SAMPLES_SCHEMA
 from dod_models.sample import ALWAYS, SampleConfig, Samples, sample_stage
+from dod_models.sample import SCHEMA as SAMPLES_SCHEMA
 
 
 class ScoreConfig(Frozen):
