@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dod_models.model import PRESETS, DoD, ModelConfig, count_parameters
 
-# What the paper prints: millions of parameters in Table 1, GFLOPs in Table 4, of DoD-B alone. It charges stage 1 as much
+# What the paper prints: millions of parameters in Table 1, GFLOPs in Table 4 (DoD-B alone). It charges stage 1 as much
 # as stage 2, though S is one row for all tokens, and a step with it is cheaper.
 PAPER: dict[str, dict[str, dict[str, float]]] = {
     "DoD-S": {"params": {"backbone": 27, "lem": 21, "total": 48}, "gflops": {}},
