@@ -76,7 +76,10 @@ def inspect(root: Path, path: Path, label: int) -> Entry | str:
 def find_classes(root: Path) -> list[str]:
     """Sorted class folders of the train split; ValueError if there are none, or if the val split has others."""
     if not (root / "train").is_dir():
-        raise ValueError(f"{root}: no folder `train`; expected ImageNet's layout ROOT/train/CLASS/NAME.png")
+        raise ValueError(
+            f"{root}: no folder `train`; expected ImageNet's layout ROOT/train/CLASS/NAME.png and ROOT/val/...; "
+            "put the images there, or set dataset.root in params.yaml to the folder that has them"
+        )
     classes = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
     if not classes:
         raise ValueError(f"{root}/train: no class folders; expected ROOT/train/CLASS/NAME.png")

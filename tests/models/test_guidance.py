@@ -90,6 +90,7 @@ def test_without_an_interval_every_time_is_guided(scene, t):
 
 def test_guidance_is_whole_inside_the_interval_and_absent_outside(scene):
     model, x, _, labels, sample = scene
+    assert at(scene, 1.0, guidance_interval=(0.3, 1.0))[1] == 2  # up to data, where dopri5 ends
     for t in (0.3, 0.5):
         found, evaluations = at(scene, t, guidance_interval=(0.3, 0.6))
         assert evaluations == 2
