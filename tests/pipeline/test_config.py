@@ -64,7 +64,8 @@ PAPER = {
     "stage2": {"num_samples": 50_000, "solver": "dopri5", "ema_decay": 0.999},
     "metrics": {"num_samples": 50_000},
 }
-MODELS = {  # layers, width, heads of the backbone and of the LEM (Table 1), guidance of stage 2, evaluated steps (Table 5)
+# Layers, width and heads of the backbone, width and heads of the LEM (Table 1), guidance of stage 2, steps of Table 5.
+MODELS = {
     "dod-s": ((12, 384, 6), (384, 6), 5.5, (400_000, 1_000_000, 1_500_000)),
     "dod-b": ((12, 768, 12), (768, 12), 5.5, (400_000, 1_000_000, 1_500_000)),
     "dod-xl": ((28, 1152, 16), (768, 12), 3.5, (400_000, 1_000_000)),
