@@ -77,9 +77,9 @@ def from_fitv2(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     mapping = sources(config.depth)
     wanted = {name for names in mapping.values() for name in names}
     given = {name for name in tensors if not name.startswith(BUFFERS)}
-    for what, names in (("lacks", wanted - given), ("has, and FiTv2 has not,", given - wanted)):
-        if names:
-            raise ValueError(f"the file {what} {listed(names)}; give a checkpoint of whlzy/FiT's FiTv2 at 256 pixels")
+    for what, odd in (("lacks", wanted - given), ("has, and FiTv2 has not,", given - wanted)):
+        if odd:
+            raise ValueError(f"the file {what} {listed(odd)}; give a checkpoint of whlzy/FiT's FiTv2 at 256 pixels")
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in DoD(config).named_parameters()}
     found = {"no_sample": torch.zeros(shapes["no_sample"])}

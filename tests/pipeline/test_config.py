@@ -51,7 +51,7 @@ def test_the_repository_s_own_params_hold_for_every_stage():
 
 
 # What the paper's sections 3.2, 3.3 and 4.1 state for all three models.
-PAPER = {
+PAPER: dict[str, dict[str, Any]] = {
     "train": {
         "batch_size": 256,
         "learning_rate": 1e-4,
