@@ -54,6 +54,7 @@ STAGES = {
     "metrics": Stage("score", "ScoreConfig", "build_metrics", ("reference", "codec", "stage1", "stage2")),
     "sweeps": Stage("score", "SweepConfig", "build_sweeps", ("checkpoint", "reference", "codec", "stage1")),
     "generate": Stage("generate", "GenerateConfig", "generate", ("checkpoint", "codec")),
+    "fitv2": Stage("fitv2", "Fitv2Config", "convert", ("weights",)),
 }
 
 # What a user or a machine can cause; anything else is a bug of ours and shows its traceback.

@@ -85,7 +85,9 @@ def find(root: Path) -> dict[str, Classes]:
         if official.is_file() and (root / split).is_dir():
             raise ValueError(f"{official} and {root / split}: two {split} splits; move one of them away")
         if split == "train" and not official.is_file() and not (root / split).is_dir():
-            raise ValueError(f"{root}: no folder `train`; {EXPECTED}")
+            raise ValueError(
+                f"{root}: no folder `train`; {EXPECTED}; put the images there, or set dataset.root in params.yaml"
+            )
         found[split] = read(official, root=root) if official.is_file() else in_split(root, split)
     check(root, found)
     return {split: dict(sorted(classes.items())) for split, classes in found.items()}

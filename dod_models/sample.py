@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchdiffeq import odeint
@@ -24,9 +24,10 @@ from dod_models.config import Frozen
 from dod_models.flow import Latent, Velocity
 from dod_models.model import DoD, Labels
 
-SCHEMA = "samples/1"
+SCHEMA = "samples/2"
 SAMPLES_FILE = "samples.safetensors"
 GUIDED_CHANNELS = 3  # "first3": the peers guide the first three of four latent channels
+ALWAYS = (0.0, 1.0)
 
 
 class SampleConfig(Frozen):
@@ -35,12 +36,24 @@ class SampleConfig(Frozen):
     num_samples: PositiveInt = 50_000
     solver: Literal["euler", "dopri5"] = "dopri5"
     num_steps: PositiveInt = 30  # Euler steps; dopri5 chooses its own
+    rtol: PositiveFloat = 1e-3  # of dopri5; this and the next are SiT's, the paper states none
+    atol: PositiveFloat = 1e-6
     guidance: float = Field(1.0, ge=0)  # CFG scale; 1 = off
+    guidance_interval: tuple[float, float] = ALWAYS  # guide where low <= t < high; t is 0 at noise and 1 at data
     null_branch: Literal["both", "label", "prior"] = "both"  # what the unconditional half drops
     channels: Literal["first3", "all"] = "first3"  # latent channels that are guided
     ema_decay: float = 0.999  # which averaged weights
     batch_size: PositiveInt = 250  # samples through the network at a time
     seed: int = Field(0, ge=0)
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def check_interval(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        """The interval is one, within [0, 1]."""
+        low, high = interval
+        if not 0 <= low < high <= 1:
+            raise ValueError("give (low, high) with 0 <= low < high <= 1; guidance 1 switches guidance off")
+        return interval
 
 
 class Samples(NamedTuple):
@@ -57,30 +70,50 @@ class Samples(NamedTuple):
         return cls(tensors["latents"], tensors["labels"])
 
 
+class Evaluations(NamedTuple):
+    """How often the network was evaluated for a sample: with its condition, and for guidance without it."""
+
+    conditional: float
+    null: float
+
+    @property
+    def total(self) -> float:
+        return self.conditional + self.null
+
+
 class GuidedVelocity:
-    """uncond + scale * (cond - uncond), and a count of the network's evaluations.
+    """null + scale * (conditional - null) within the interval of guidance, and counts of the network's evaluations.
 
     `sample` is the embedded prior (None in stage 1). The null branch (null label, S) is exact for any batch: it is a
-    pass of its own, with one condition per sample instead of one per token.
+    pass of its own, with one condition per sample instead of one per token. Outside the interval (Kynkäänniemi et al.,
+    2024, arXiv 2404.07724) the conditional velocity stands alone, at one evaluation. All rows must have one time.
     """
 
     def __init__(self, model: DoD, labels: Labels, sample: Tokens | None, config: SampleConfig) -> None:
         self.model, self.labels, self.sample = model, labels, sample
-        self.scale = config.guidance
+        self.scale, self.interval = config.guidance, config.guidance_interval
         self.guided = GUIDED_CHANNELS if config.channels == "first3" else model.config.channels
         null_labels = torch.full_like(labels, model.config.num_classes)
         self.null_labels = labels if config.null_branch == "prior" else null_labels
         self.null_sample = sample if config.null_branch == "label" else None
         if config.guidance != 1 and config.null_branch == "prior" and sample is None:
             raise ValueError("null_branch 'prior' drops nothing in stage 1; use 'both', or guidance 1")
-        self.evaluations = 0
+        self.conditional_calls = self.null_calls = 0
+
+    def is_guided(self, t: Float[Tensor, " B"]) -> bool:
+        """Whether guidance applies at this time."""
+        if self.scale == 1 or self.interval == ALWAYS:
+            return self.scale != 1
+        low, high = self.interval
+        now = round(float(t[0]), 6)  # Euler's times are float32: 0.7 would fall outside of (0.7, 1)
+        return low <= now and (now < high or high == 1)
 
     def __call__(self, x: Latent, t: Float[Tensor, " B"]) -> Latent:
-        self.evaluations += 1
+        self.conditional_calls += 1
         conditional = self.model.velocity(x, t, self.labels, self.sample)
-        if self.scale == 1:
+        if not self.is_guided(t):
             return conditional
-        self.evaluations += 1
+        self.null_calls += 1
         free = self.model.velocity(x, t, self.null_labels, self.null_sample)
         guided = free + self.scale * (conditional - free)
         return torch.cat([guided[:, : self.guided], conditional[:, self.guided :]], dim=1)
@@ -91,19 +124,19 @@ def per_sample_norm(difference: Tensor) -> Tensor:
     return difference.flatten(1).square().mean(dim=1).max().sqrt()
 
 
-def integrate(velocity: Velocity, noise: Latent, *, solver: str, num_steps: int) -> Latent:
+def integrate(velocity: Velocity, noise: Latent, config: SampleConfig) -> Latent:
     """Integrate from noise (t = 0) to data (t = 1). Euler calls `velocity` exactly `num_steps` times."""
 
     def derivative(t: Tensor, x: Tensor) -> Tensor:
         return velocity(x, t.expand(len(x)))
 
-    if solver == "euler":
-        times = torch.linspace(0, 1, num_steps + 1, device=noise.device)
+    if config.solver == "euler":
+        times = torch.linspace(0, 1, config.num_steps + 1, device=noise.device)
         path = odeint(derivative, noise, times, method="euler")
     else:
         times = torch.tensor([0.0, 1.0], device=noise.device)
         options = {"norm": per_sample_norm}
-        path = odeint(derivative, noise, times, method="dopri5", atol=1e-6, rtol=1e-3, options=options)
+        path = odeint(derivative, noise, times, method="dopri5", atol=config.atol, rtol=config.rtol, options=options)
     end: Tensor = path[-1]
     return end
 
@@ -117,26 +150,27 @@ def micro_batches(total: int, size: int) -> Iterator[tuple[range, int]]:
 @torch.inference_mode()
 def sample_stage(
     model: DoD, config: SampleConfig, *, stage: int, labels: Labels, previous: Latent | None
-) -> tuple[Latent, float]:
+) -> tuple[Latent, Evaluations]:
     """Run one stage for every label; from stage 2 on `previous` holds the latents of the stage before.
 
-    Returns the latents and the network evaluations per sample.
+    Returns the latents, and the stage's evaluations of the network per sample (dopri5: the mean over micro-batches).
     """
-    device, parts, evaluations = model.no_sample.device, [], 0
+    device, parts, conditional, null = model.no_sample.device, [], 0, 0
     for rows, wanted in tqdm(list(micro_batches(len(labels), config.batch_size)), desc=f"stage {stage}", unit="batch"):
         inside = torch.tensor([min(i, len(labels) - 1) for i in rows])
         noise = draws.noise_for(config.seed, f"stage{stage}", list(rows), model.config.latent_shape).to(device)
         prior = None if previous is None else model.embed_sample(previous[inside].to(device))
         velocity = GuidedVelocity(model, labels[inside].to(device), prior, config)
-        end = integrate(velocity, noise, solver=config.solver, num_steps=config.num_steps)
+        end = integrate(velocity, noise, config)
         parts.append(end[:wanted].cpu())
-        evaluations += velocity.evaluations * wanted
+        conditional += velocity.conditional_calls * wanted
+        null += velocity.null_calls * wanted
     latents = torch.cat(parts)
     if not bool(latents.isfinite().all()):
         raise FloatingPointError(
             f"stage {stage}: latents are not finite; lower guidance ({config.guidance}) or train longer"
         )
-    return latents, evaluations / len(labels)
+    return latents, Evaluations(conditional / len(labels), null / len(labels))
 
 
 def build_stage(
@@ -146,7 +180,8 @@ def build_stage(
 
     Writes latents and a grid, in which the stage before stands above this one.
 
-    `evaluations` in the manifest are of the network, per sample, those of the earlier stages included.
+    In the manifest and the facts, of the network and per sample: `evaluations` counts those of all stages so far,
+    `stage_evaluations` this stage's own, `null_evaluations` those of its own that guidance made without condition.
     """
     model, _ = load_checkpoint(checkpoint, decay=config.ema_decay)
     stage, spent, before = 1, 0.0, None
@@ -157,11 +192,16 @@ def build_stage(
     if len(labels) != config.num_samples:
         raise ValueError(f"{previous} holds {len(labels)} samples, num_samples is {config.num_samples}; make it again")
     with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
-        latents, evaluations = sample_stage(model.to(device()), config, stage=stage, labels=labels, previous=before)
+        latents, own = sample_stage(model.to(device()), config, stage=stage, labels=labels, previous=before)
         save_file({"latents": latents, "labels": labels}, folder.path / SAMPLES_FILE)
         shown = [] if before is None else [(f"stage {stage - 1}", before)]
         draw_grid(folder.path / "grid.png", [*shown, (f"stage {stage}", latents)], labels, Codec.load(codec))
-        facts = {"stage": stage, "evaluations": spent + evaluations}
+        facts = {
+            "stage": stage,
+            "evaluations": spent + own.total,
+            "stage_evaluations": own.total,
+            "null_evaluations": own.null,
+        }
         folder.about = {
             **facts,
             "sampling": config.model_dump(mode="json"),

@@ -14,8 +14,8 @@ from dod_models.evaluate import score
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
 from dod_models.features import Extractor, FeatureSet
 from dod_models.flow import Latent
+from dod_models.sample import ALWAYS, SampleConfig, Samples, sample_stage
 from dod_models.sample import SCHEMA as SAMPLES_SCHEMA
-from dod_models.sample import SampleConfig, Samples, sample_stage
 
 
 class ScoreConfig(Frozen):
@@ -31,6 +31,7 @@ class SweepRow(Frozen):
     guidance: float
     num_steps: PositiveInt | None = None
     null_branch: str | None = None
+    guidance_interval: tuple[float, float] | None = None
 
 
 class SweepConfig(Frozen):
@@ -56,7 +57,10 @@ class SweepConfig(Frozen):
             variant = SampleConfig.model_validate(base.model_dump() | given)
             name = f"stage{row.stage} guidance={variant.guidance:g} {variant.solver}"
             name += f" steps={variant.num_steps}" if variant.solver == "euler" else ""
-            found[name + (f" null={variant.null_branch}" if variant.guidance != 1 else "")] = (row.stage, variant)
+            name += f" null={variant.null_branch}" if variant.guidance != 1 else ""
+            low, high = variant.guidance_interval
+            name += f" t={low:g}-{high:g}" if variant.guidance != 1 and (low, high) != ALWAYS else ""
+            found[name] = (row.stage, variant)
         return found
 
 
@@ -109,9 +113,9 @@ def build_sweeps(
     table = {}
     for name, (stage, variant) in config.variants().items():
         previous = None if stage == 1 else before.latents
-        latents, evaluations = sample_stage(model, variant, stage=stage, labels=before.labels, previous=previous)
+        latents, own = sample_stage(model, variant, stage=stage, labels=before.labels, previous=previous)
         found = decoded(extractor, decoder, latents, config.num_samples, name="sweeps")
-        total = evaluations + (spent if stage > 1 else 0)
+        total = own.total + (spent if stage > 1 else 0)
         table[name] = {**score(found, real), "num_samples": len(found.features), "evaluations": total}
     artifact.write_json(out, table)
     return table

@@ -13,8 +13,9 @@ from pydantic import Field, PositiveInt, StringConstraints, model_validator
 
 from dod_models.config import Frozen
 
-# Keys become names of stages, files and DVC targets, and reach a shell through dvc.yaml.
-Key = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")]
+# Keys become names of stages, files and DVC targets, and reach a shell through dvc.yaml. No dots: to DVC, the setting
+# `checkpoints.v1.5` is 5 in v1.
+Key = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]*$")]
 Settings = dict[str, Any]
 
 PARAMS_FILE = Path("params.yaml")
@@ -30,13 +31,14 @@ class DataSet(Frozen):
 
 
 class Experiment(Frozen):
-    """Settings of training, and of sampling: those of every stage, then what stage 1 and the later ones change."""
+    """Settings of training, of sampling (of every stage, then what stage 1 and the later ones change), of scoring."""
 
     data: Key
     train: Settings
     sampling: Settings
     stage1: Settings
     stage2: Settings
+    evaluation: Settings
 
 
 class Checkpoint(Frozen):
@@ -73,7 +75,6 @@ class Params(Frozen):
     datasets: dict[Key, DataSet]
     experiments: dict[Key, Experiment]
     checkpoints: dict[Key, Checkpoint]
-    evaluation: Settings
     sweeps: dict[Key, Sweep] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -126,7 +127,6 @@ class Params(Frozen):
             datasets={found.data: self.datasets[found.data]},
             experiments={experiment: found},
             checkpoints=self.checkpoints_of(experiment),
-            evaluation=self.evaluation,
         )
 
 

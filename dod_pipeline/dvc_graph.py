@@ -10,6 +10,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -211,8 +212,15 @@ def look_up(values: Any, dotted: str, place: str | None = None) -> Any:
 
 def overlap(one: str, other: str) -> bool:
     """Whether one path is the other or lies in it."""
-    a, b = PurePosixPath(one), PurePosixPath(other)
-    return a.is_relative_to(b) or b.is_relative_to(a)
+    a, b = parts(one), parts(other)
+    common = min(len(a), len(b))
+    return a[:common] == b[:common]
+
+
+@cache
+def parts(path: str) -> tuple[str, ...]:
+    """The names along a path. Kept, for a graph compares the same few thousands of times."""
+    return PurePosixPath(path).parts
 
 
 def edges(instances: dict[str, Instance]) -> dict[str, set[str]]:

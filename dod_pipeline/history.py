@@ -47,11 +47,15 @@ class Record(Frozen):
 
 
 def sampler_name(sampling: dict[str, Any]) -> str:
-    """Short text for a stage's solver, e.g. `euler-10` or `dopri5`; guidance's null branch where it is on."""
-    name = f"{sampling['solver']}-{sampling['num_steps']}" if sampling["solver"] == "euler" else sampling["solver"]
-    return (
-        name if sampling["guidance"] == 1 else f"{name} null={sampling['null_branch']} channels={sampling['channels']}"
-    )
+    """Short text for a stage's solver, e.g. `euler-10` or `dopri5`; where guidance is on, its options too."""
+    name = f"{sampling['solver']}-{sampling['num_steps']}" if sampling["solver"] == "euler" else str(sampling["solver"])
+    if sampling["solver"] == "dopri5" and (sampling["rtol"], sampling["atol"]) != (1e-3, 1e-6):
+        name += f" rtol={sampling['rtol']:g} atol={sampling['atol']:g}"
+    if sampling["guidance"] == 1:
+        return name
+    name += f" null={sampling['null_branch']} channels={sampling['channels']}"
+    low, high = sampling["guidance_interval"]
+    return name if (low, high) == (0, 1) else f"{name} t={low:g}-{high:g}"
 
 
 def samplings(job: Job) -> dict[str, tuple[int, dict[str, Any], str]]:

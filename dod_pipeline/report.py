@@ -211,13 +211,12 @@ def per_sample(subject: Subject, checkpoint: str, gflops: Mapping[str, float]) -
     A guided evaluation is one pass with the condition and one without: the latter costs as much as the former only
     where it keeps the prior. The LEM sees each sample of stage 1 once.
     """
-    spent = {stage: subject.scores[checkpoint][stage]["evaluations"] for stage in ("stage1", "stage2")}
-    sampling = subject.manifest("stage2", checkpoint)["about"]["sampling"]
-    own = spent["stage2"] - spent["stage1"]
-    unconditional = own / 2 if sampling["guidance"] != 1 else 0.0
-    null_pass = gflops["stage2" if sampling["null_branch"] == "label" else "stage1"]
-    first = spent["stage1"] * gflops["stage1"]
-    second = (own - unconditional) * gflops["stage2"] + unconditional * null_pass
+    spent = subject.scores[checkpoint]["stage1"]["evaluations"]
+    about = subject.manifest("stage2", checkpoint)["about"]
+    conditional = about["stage_evaluations"] - about["null_evaluations"]
+    null_pass = gflops["stage2" if about["sampling"]["null_branch"] == "label" else "stage1"]
+    first = spent * gflops["stage1"]
+    second = conditional * gflops["stage2"] + about["null_evaluations"] * null_pass
     return {"stage1": first, "stage2": first + gflops["lem"] + second}
 
 

@@ -60,13 +60,13 @@ def settings(params: Params, stage: str, key: str) -> Settings:
         return params.experiments[key].train
     if stage == "report":
         return params.only(key).model_dump()
-    if stage == "metrics":
-        return params.evaluation
     experiment = params.experiments[params.checkpoints[key].experiment]
+    if stage == "metrics":
+        return experiment.evaluation
     stages: dict[str, Settings] = {"stage1": experiment.stage1, "stage2": experiment.stage2}
     sampling = {name: experiment.sampling | changes for name, changes in stages.items()}
     if stage == "sweeps":
-        return {**sampling, **params.evaluation, "rows": params.sweeps[key].rows}
+        return {**sampling, **experiment.evaluation, "rows": params.sweeps[key].rows}
     return sampling[stage]
 
 

@@ -24,16 +24,27 @@ def show(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1
     console.print(table)
 
 
+PARTS = {"stage1": "step of stage 1", "stage2": "step of stage 2", "lem": "LEM, once per stage"}
+
+
 def models(found: list[dict[str, Any]]) -> None:
-    """Parameters and GFLOPs of the presets."""
-    columns = ["model", "backbone M", "LEM M", "total M"]
-    columns += [f"{name}, {convention}" for convention in ("paper", "true") for name in ("stage 1", "stage 2", "LEM")]
+    """Parameters and GFLOPs of the presets beside what the paper prints: its value, ours, the difference."""
     rows = []
     for model in found:
-        millions = [f"{model['params'][part] / 1e6:.2f}" for part in ("backbone", "lem", "total")]
-        counts = [model["gflops"][c][part] for c in ("paper", "true") for part in ("stage1", "stage2", "lem")]
-        rows.append([model["name"], *millions, *(f"{count:.4g}" for count in counts)])
-    show("Parameters, and GFLOPs of a step for one sample (LEM: once per stage)", columns, rows)
+        for part, count in model["params"].items():
+            stated = model["stated"]["params"].get(part)
+            rows.append([model["name"], f"parameters, {part} (M)", *beside(stated, count / 1e6), "-"])
+        for part, title in PARTS.items():
+            ours, true = (model["gflops"][convention][part] for convention in ("paper", "true"))
+            shown = beside(model["stated"]["gflops"].get(part), ours)
+            rows.append([model["name"], f"GFLOPs, {title}", *shown, f"{true:.2f}"])
+    columns = ["model", "", "paper", "ours", "difference", "true FLOPs, attention too"]
+    show("Parameters, and GFLOPs of one sample as the paper counts them", columns, rows, left=2)
+
+
+def beside(stated: float | None, ours: float) -> list[str]:
+    """The paper's value, ours, and ours less the paper's; "-" where the paper states none."""
+    return ["-", f"{ours:.2f}", "-"] if stated is None else [f"{stated:g}", f"{ours:.2f}", f"{ours - stated:+.2f}"]
 
 
 def results(key: str, scores: dict[str, dict[str, float]]) -> None:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -25,6 +27,30 @@ def test_gflops_are_those_of_the_paper_s_table_4(table):
     assert table["DoD-B"]["gflops"]["paper"] == pytest.approx(
         {"stage1": 21.81, "stage2": 26.47, "lem": 24.65}, abs=0.01
     )
+
+
+def test_what_the_paper_prints_is_met_but_for_stage_1_which_it_charges_as_stage_2(table):
+    stated = cost.PAPER["DoD-B"]["gflops"]
+    ours = table["DoD-B"]["gflops"]["paper"]
+    assert ours == pytest.approx({**stated, "stage1": 21.8}, abs=0.05)
+    for name, found in cost.PAPER.items():
+        assert table[name]["stated"] == found
+        for part, millions in found["params"].items():
+            assert table[name]["params"][part] / 1e6 == pytest.approx(millions, abs=0.5)  # Table 1 rounds
+    assert table["DoD-demo"]["stated"] == {"params": {}, "gflops": {}}
+
+
+@pytest.mark.parametrize(
+    ("size", "gflops"),
+    [({"width": 1152, "depth": 36, "heads": 16}, 147), ({"width": 2304, "depth": 40, "heads": 24}, 653)],
+)
+def test_deeper_backbones_cost_what_fitv2_s_authors_say_of_theirs(size, gflops):
+    """FiTv2-XL and FiTv2-3B in the README of whlzy/FiT."""
+    with torch.device("meta"):
+        model = DoD(ModelConfig.model_validate({**size, "lem": {"width": 8, "heads": 2, "encoder_depth": 1}}))
+        call = partial(model.velocity, torch.empty(1, 4, 32, 32), torch.empty(1), torch.empty(1, dtype=torch.long))
+    with torch.no_grad():
+        assert round(cost.paper_gflops(model, call)) == gflops
 
 
 def test_fifteen_blocks_cost_what_the_paper_says_of_fitv2():

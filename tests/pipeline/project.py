@@ -70,10 +70,10 @@ def params(images: Path) -> dict[str, Any]:
                 "sampling": SAMPLING,
                 "stage1": {"guidance": 1.0},
                 "stage2": {"guidance": 2.0, "null_branch": "label"},
+                "evaluation": {"num_samples": SAMPLES},
             }
         },
         "checkpoints": {"tiny-6": CHECKPOINT},
-        "evaluation": {"num_samples": SAMPLES},
         "sweeps": {"tiny-6": {**CHECKPOINT, "rows": [{"stage": 2, "guidance": 1.0}]}},
     }
     return copy.deepcopy(values)

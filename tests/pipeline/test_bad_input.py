@@ -143,7 +143,7 @@ def test_a_stage_without_its_inputs_says_what_to_run(own: Project, inside: Enter
 
 def test_fewer_samples_than_features_are_refused(own: Project, inside: Enter, capsys: Captured):
     values = tiny.params(own.root.parent / "images")
-    values["evaluation"]["num_samples"] = 64
+    values["experiments"]["tiny"]["evaluation"]["num_samples"] = 64
     own.write_params(values)
     inside(own)
     assert cli.main(["stage", "metrics", "tiny-6"]) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dod_pipeline import cli, dvc_repo
+from dod_pipeline import cli, dvc_repo, tables
 
 from . import project as tiny
 from .project import SOURCE, Project
@@ -45,7 +45,7 @@ def bare(tmp_path: Path, inside: Enter) -> Project:
 def test_help_imports_nothing_heavy(arguments: list[str]):
     program = f"""
 import json, sys
-from dod_pipeline import cli
+from dod_pipeline import cli, tables
 try:
     cli.main({arguments!r})
 except SystemExit as end:
@@ -127,13 +127,29 @@ def test_models_as_json(capsys: Captured):
     found = {model["name"]: model for model in json.loads(capsys.readouterr().out)}
     assert {"DoD-S", "DoD-B", "DoD-XL"} <= set(found)
     for model in found.values():
-        assert set(model) == {"name", "params", "gflops"}
+        assert set(model) == {"name", "params", "gflops", "stated"}
         assert set(model["params"]) == {"backbone", "lem", "total"}
         assert model["params"]["total"] == model["params"]["backbone"] + model["params"]["lem"]
         assert set(model["gflops"]) == {"paper", "true"}
         for counts in model["gflops"].values():
             assert set(counts) == {"stage1", "stage2", "lem"} and min(counts.values()) > 0
     assert found["DoD-XL"]["gflops"]["paper"]["stage1"] > found["DoD-B"]["gflops"]["paper"]["stage1"]
+    assert found["DoD-XL"]["stated"]["params"] == {"backbone": 527, "lem": 86, "total": 613}
+
+
+def test_models_stand_beside_the_paper_s(capsys: Captured):
+    """The model, what is counted, the paper's value, ours, the difference, true FLOPs."""
+    params, counts = {"total": 190_670_000}, {"stage1": 21.814, "stage2": 26.471, "lem": 24.647}
+    stated = {"params": {"total": 191}, "gflops": {"stage1": 26.5, "stage2": 26.5}}
+    gflops = {"paper": counts, "true": {name: 2 * count for name, count in counts.items()}}
+    tables.models([{"name": "B", "params": params, "gflops": gflops, "stated": stated}])
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [cells for cells in lines if cells] == [
+        ["B", "parameters, total (M)", "191", "190.67", "-0.33", "-"],
+        ["B", "GFLOPs, step of stage 1", "26.5", "21.81", "-4.69", "43.63"],
+        ["B", "GFLOPs, step of stage 2", "26.5", "26.47", "-0.03", "52.94"],
+        ["B", "GFLOPs, LEM, once per stage", "-", "24.65", "-", "49.29"],
+    ]
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ SETTINGS = {
     "train": "experiments.tiny.train",
     "stage1": "experiments.tiny.stage1",
     "stage2": "experiments.tiny.sampling",
-    "metrics": "evaluation",
+    "metrics": "experiments.tiny.evaluation",
 }
 
 
@@ -48,6 +48,51 @@ def test_the_repository_s_own_params_hold_for_every_stage():
     for stage in stages.ORDER:
         for key in stages.keys_of(loaded, stage):
             assert stages.resolve(loaded, stage, key).arguments()[0] == stage
+
+
+# What the paper's sections 3.2, 3.3 and 4.1 state for all three models.
+PAPER: dict[str, dict[str, Any]] = {
+    "train": {
+        "batch_size": 256,
+        "learning_rate": 1e-4,
+        "warmup_steps": 0,
+        "prior_drop": 0.5,
+        "prior_share": "bernoulli",
+        "ema_warmup": False,
+    },
+    "stage1": {"num_samples": 50_000, "solver": "dopri5", "guidance": 1.0, "ema_decay": 0.999},
+    "stage2": {"num_samples": 50_000, "solver": "dopri5", "ema_decay": 0.999},
+    "metrics": {"num_samples": 50_000},
+}
+# Layers, width and heads of the backbone, width and heads of the LEM (Table 1), guidance of stage 2, steps of Table 5.
+MODELS = {
+    "dod-s": ((12, 384, 6), (384, 6), 5.5, (400_000, 1_000_000, 1_500_000)),
+    "dod-b": ((12, 768, 12), (768, 12), 5.5, (400_000, 1_000_000, 1_500_000)),
+    "dod-xl": ((28, 1152, 16), (768, 12), 3.5, (400_000, 1_000_000)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_paper_s_experiments_have_its_settings(name: str):
+    loaded = load_params(SOURCE / "params.yaml")
+    backbone, lem, guidance, steps = MODELS[name]
+    checkpoints = loaded.checkpoints_of(name)
+    assert tuple(item.step for item in checkpoints.values()) == steps
+    train = stages.resolve(loaded, "train", name).config.model_dump()
+    assert train["steps"] == steps[-1] and 0.9999 in train["ema_decays"]
+    model, inner = train["model"], train["model"]["lem"]
+    assert (model["depth"], model["width"], model["heads"]) == backbone
+    assert (inner["width"], inner["heads"]) == lem
+    assert [model[key] for key in ("latent_size", "channels", "patch", "num_classes")] == [32, 4, 2, 1000]
+    shape = [inner[key] for key in ("encoder_depth", "decoder_depth", "num_tokens", "token_width")]
+    assert shape == [8, 4, 32, 16]
+    for key in checkpoints:
+        for stage, stated in PAPER.items():
+            found = train if stage == "train" else stages.resolve(loaded, stage, key).config.model_dump()
+            assert found.items() >= stated.items(), stage
+        assert stages.resolve(loaded, "stage2", key).config.model_dump()["guidance"] == guidance
+    latents = stages.resolve(loaded, "latents", loaded.experiments[name].data).config.model_dump()
+    assert latents["mirror"]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -79,7 +124,9 @@ def test_an_unknown_setting_inside_the_model_is_named(values: dict[str, Any]):
         stages.resolve(Params.parse(values, place="params.yaml"), "train", "tiny")
 
 
-@pytest.mark.parametrize("bad", ["a; rm -rf x", "$(reboot)", "a b", "../up", "-n", "", "a/b", "a@b", "é", "a\n", "`x`"])
+@pytest.mark.parametrize(
+    "bad", ["a; rm -rf x", "$(reboot)", "a b", "../up", "-n", "", "a/b", "a@b", "v1.5", "é", "a\n", "`x`"]
+)
 @pytest.mark.parametrize("mapping", ["datasets", "experiments", "checkpoints", "sweeps"])
 def test_a_key_that_a_shell_or_a_path_would_take_amiss_is_refused(values: dict[str, Any], mapping: str, bad: str):
     values[mapping][bad] = next(iter(values[mapping].values()))
@@ -164,6 +211,6 @@ def test_an_experiment_s_stages_are_its_own_and_in_order(values: dict[str, Any])
 @pytest.mark.parametrize("place", ["datasets", "experiments", "checkpoints"])
 def test_keys_that_dagster_cannot_tell_apart_are_refused(values: dict[str, Any], place: str):
     (item,) = values[place].values()
-    values[place] |= {"v1-5": item, "v1.5": item}
-    with pytest.raises(ValueError, match=rf"{place}: 'v1-5' and 'v1\.5' differ in punctuation alone"):
+    values[place] |= {"v1-5": item, "v1_5": item}
+    with pytest.raises(ValueError, match=rf"{place}: 'v1-5' and 'v1_5' differ in punctuation alone"):
         Params.parse(values, place="params.yaml")

@@ -310,7 +310,7 @@ def retried(instance: dg.DagsterInstance) -> list[str | None]:
 def test_a_stage_that_fails_is_not_tried_again(own: Project, inside: Enter, capsys: pytest.CaptureFixture[str]):
     inside(own)
     values = own.params()
-    values["evaluation"]["num_samples"] = 100_000
+    values["experiments"]["tiny"]["evaluation"]["num_samples"] = 100_000
     own.write_params(values)
     before = own.lock()["metrics@tiny-6"]
     assert cli.main(["run", "tiny"]) == 1

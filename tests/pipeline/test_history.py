@@ -55,6 +55,23 @@ def plain(item: Record) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"solver": "euler", "num_steps": 10}, "euler-10"),
+        ({}, "dopri5"),
+        ({"rtol": 1e-5}, "dopri5 rtol=1e-05 atol=1e-06"),
+        ({"guidance_interval": (0.2, 0.8)}, "dopri5"),  # guidance is off
+        ({"guidance": 2.0}, "dopri5 null=both channels=first3"),
+        ({"guidance": 2.0, "guidance_interval": (0.2, 0.8)}, "dopri5 null=both channels=first3 t=0.2-0.8"),
+    ],
+)
+def test_a_sampler_s_name_tells_apart_what_samples_differently(options: dict[str, Any], name: str):
+    from dod_models.sample import SampleConfig
+
+    assert history.sampler_name(SampleConfig(**options).model_dump(mode="json")) == name
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A history of two experiments, three checkpoints and all kinds of stages, the newest written first."""

@@ -130,6 +130,10 @@ def test_a_null_branch_without_the_prior_costs_an_evaluation_of_stage_1(own: Pro
     artifact.write_json(path, manifest)
     found = report.per_sample(subject, "tiny-6", {"stage1": 1.0, "stage2": 10.0, "lem": 100.0})
     assert found == {"stage1": 2.0, "stage2": 2.0 + 100.0 + 2 * 10.0 + 2 * 1.0}
+    manifest["about"] |= {"stage_evaluations": 3.0, "null_evaluations": 1.0}  # one of the two steps is guided
+    artifact.write_json(path, manifest)
+    found = report.per_sample(subject, "tiny-6", {"stage1": 1.0, "stage2": 10.0, "lem": 100.0})
+    assert found == {"stage1": 2.0, "stage2": 2.0 + 100.0 + 2 * 10.0 + 1 * 1.0}
 
 
 def test_it_refers_to_nothing_outside_and_runs_nothing(page: Page):
