@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dod_models import draws
 from dod_models.checkpoint import check_tensors, load_weights
@@ -78,6 +79,21 @@ class TrainState:
             self.raw.parameters(), config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
         )
         self.averages = [Ema(self.raw, decay=d, warm_up=config.ema_warmup) for d in config.ema_decays]
+        if isinstance(self.model, DistributedDataParallel):
+            self.rehearse()
+
+    def rehearse(self) -> None:
+        """A pass whose gradients are thrown away. DDP lays its buckets out anew after its first pass, and the last bit
+        of a sum over three or more processes depends on that layout: a resumed training must not begin with another.
+        """
+        device, share = self.accelerator.device, self.config.batch_size // self.accelerator.num_processes
+        rows = min(share, self.config.compute.micro_batch or share)
+        x, t = torch.zeros(rows, *self.config.model.latent_shape, device=device), torch.zeros(rows, device=device)
+        labels, keep = t.long(), torch.arange((rows + 1) // 2, device=device)
+        with self.accelerator.autocast():
+            predicted = self.model(x, t, labels, prior=x, keep=keep)
+        self.accelerator.backward(predicted.float().sum())
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def update(self) -> Tensor:
