@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = """
-import ctypes, json, os, signal, sys
+import ctypes, faulthandler, json, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # no child outlives the tests (linux/prctl.h: PR_SET_PDEATHSIG)
 from dod_models import cli, train
 print("ready", flush=True)
@@ -32,6 +32,7 @@ for line in sys.stdin:
     os.environ.update(order["environment"])
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
+    faulthandler.dump_traceback_later(150)  # one that hangs says where
     try:
         code = cli.main(order["arguments"])
     except SystemExit as stop:
@@ -44,7 +45,7 @@ for line in sys.stdin:
     os._exit(code)
 """
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
-PATIENCE = 60  # seconds
+PATIENCE = 200  # seconds
 
 
 class Forks:

@@ -1,8 +1,10 @@
+import time
+
 import pytest
 import torch
 from accelerate import Accelerator
 
-from dod_models import cost, speed
+from dod_models import cost
 from dod_models.model import ModelConfig
 from dod_models.speed import Speed, peak_flops, training_flops
 
@@ -25,7 +27,7 @@ def test_dod_b_needs_about_what_its_parameters_say():
 
 def test_utilisation_is_flops_over_peak(monkeypatch):
     clock = iter([100.0, 102.0])
-    monkeypatch.setattr(speed.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     found = Speed(Accelerator(), flops_per_image=1e9, peak_tflops=0.5)
     found.start(1000)
     assert found.read(1600) == {"images/s": "300.0", "MFU": "60.0 %"}  # 600 images in 2 s: 0.3 of 0.5 TFLOPs

@@ -103,6 +103,13 @@ def test_the_layout_changes_no_sample_and_no_result(forks, pipeline, tmp_path, a
     assert_agree(found, alone)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(forks, pipeline, tmp_path, alone):
+    found = Training(forks, pipeline.latents, tmp_path, compute={"compile": True, "checkpointing": True})
+    found.finish(1)
+    assert_agree(found, alone)
+
+
 @pytest.mark.parametrize(("size", "sharding"), [(3, "ddp"), (2, "fsdp")])
 def test_resuming_several_processes_is_exact_to_the_bit(forks, pipeline, tmp_path, alone, size, sharding):
     """Of three: a sum of two is the same in any order."""
