@@ -1,6 +1,7 @@
 # Every target does the set-up that it needs; set-up that is done costs nothing.
 PYTHON ?= python3
 PORT ?= 3000
+KILLS ?= 500
 
 # No tool reports to anybody.
 export DAGSTER_DISABLE_TELEMETRY := yes
@@ -18,7 +19,7 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo ui demo-seeds bench-model test lint lock clean
+.PHONY: help setup demo ui demo-seeds bench-model test test-slow soak lint lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -39,6 +40,12 @@ bench-model: setup ## DoD-B's training and sampling steps and its loader against
 
 test: setup ## the tests that need no accelerator, with the coverage gate
 	$(run) .venv/bin/python -m pytest -n 2 -m "not slow and not gpu" --benchmark-disable --cov
+
+test-slow: setup ## the tests that take more than a minute
+	$(run) .venv/bin/python -m pytest -m "slow and not gpu" --benchmark-disable
+
+soak: setup ## kill a training at 500 random instants (another number: KILLS=50)
+	$(run) DOD_KILLS=$(KILLS) .venv/bin/python -m pytest --benchmark-disable -s tests/models/test_train_kills.py
 
 lint: setup ## format, lint, types, layers, large files and private keys
 	$(run) .venv/bin/pre-commit run --all-files

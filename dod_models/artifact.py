@@ -111,11 +111,25 @@ def clear_partial(folder: Path) -> None:
 
 
 def describe(folder: Path, *, schema: str, config: str, about: dict[str, Any]) -> None:
-    """Write `folder`'s manifest over the files that lie in it now."""
+    """Write `folder`'s manifest over the files that lie in it now, once the disk has them: a loss of power must not
+    leave a manifest of files that are not there.
+    """
     clear_partial(folder)
     names = sorted({p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST})
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
     write_json(folder / MANIFEST, {"schema": schema, "config": config, "about": about, "files": files})
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def publish(folder: Path, target: Path) -> None:
@@ -142,6 +156,7 @@ def put_in_place(partial: Path, target: Path) -> None:
     if target.exists():
         os.replace(target, old)
     os.replace(partial, target)
+    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

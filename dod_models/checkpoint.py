@@ -6,6 +6,7 @@ stopped.
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dod_models.model import DoD, ModelConfig
 log = logging.getLogger(__name__)
 
 SCHEMA = "checkpoint/1"
-STATE_SCHEMA = "state/1"
+STATE_SCHEMA = "state/2"
 STATES_KEPT = 2
 
 
@@ -51,6 +52,28 @@ def load_checkpoint(folder: Path, *, decay: float) -> tuple[DoD, dict[str, Any]]
     model = DoD(config)
     model.load_state_dict(load_file(folder / name))
     return model.eval().requires_grad_(False), manifest
+
+
+def load_weights(path: Path, *, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that must have this digest."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file of weights; correct train.warm_start.path")
+    found = artifact.sha256_file(path)
+    if found != sha256:
+        raise ValueError(f"{path}: sha256 is {found}, train.warm_start.sha256 says {sha256}; correct one of them")
+    return load_file(path)
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, place: str) -> None:
+    """ValueError that names the first tensor of `place` which is missing, unknown, or of another shape."""
+    for name in sorted({*found, *expected}):
+        if name not in found:
+            raise ValueError(f"{place}: no tensor {name}, which this model has")
+        if name not in expected:
+            raise ValueError(f"{place}: tensor {name} is unknown to this model")
+        if found[name].shape != expected[name].shape:
+            shapes = f"{tuple(found[name].shape)}, this model's is {tuple(expected[name].shape)}"
+            raise ValueError(f"{place}: tensor {name} has shape {shapes}")
 
 
 def save_state(root: Path, step: int, tensors: dict[str, Tensor], *, config: str, about: dict[str, Any]) -> None:

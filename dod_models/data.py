@@ -4,9 +4,13 @@ A shard is a .npy array (n, views, 2, C, H, W): views are the image and, where t
 then mean and standard deviation of the scaled latents' posterior.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +54,22 @@ class LatentShards:
         return joined.reshape(len(rows), 2, *self.shape)
 
 
+class Batch(NamedTuple):
+    """What a forward pass in training needs, of some rows of the draws; `keep` counts among these rows."""
+
+    latents: Float[Tensor, "B C H W"]
+    noise: Float[Tensor, "B C H W"]
+    normal: Float[Tensor, " B"]
+    labels: Int[Tensor, " B"]
+    keep: Int[Tensor, " K"]
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on the device; a GPU copies from pinned memory, for which nothing waits."""
+        if device.type != "cuda":
+            return Batch(*(x.to(device) for x in self))
+        return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in self))
+
+
 class TrainingDraws:
     """Everything random about training sample number i, as a function of (seed, i) alone.
 
@@ -62,6 +82,7 @@ class TrainingDraws:
     normal: Float[Tensor, " B"]  # t = sigmoid(normal)
     labels: Int[Tensor, " B"]
     keep: Int[Tensor, " K"]
+    images: np.ndarray  # (B,), int64: which images of the latents
 
     def __init__(
         self,
@@ -73,25 +94,41 @@ class TrainingDraws:
         prior_drop: float,
         exact_share: bool,
     ) -> None:
-        indices, views, drawn, noise, normal, labels, keep = [], [], [], [], [], [], []
-        for place, sample in enumerate(samples):
-            epoch, position = divmod(sample, len(shards))
-            index = int(epoch_order(seed, epoch, len(shards))[position])
+        self.images = image_indices(samples, seed=seed, size=len(shards))
+        views, posterior, noise, normal, labels, keep = [], [], [], [], [], []
+        for place, (sample, index) in enumerate(zip(samples, self.images.tolist(), strict=True)):
             rng = draws.generator(seed, "train", sample)
-            indices.append(index)
             views.append(int(rng.integers(shards.views)))
-            drawn.append(rng.standard_normal(shards.shape, dtype=np.float32))
+            posterior.append(rng.standard_normal(shards.shape, dtype=np.float32))
             noise.append(rng.standard_normal(shards.shape, dtype=np.float32))
             normal.append(rng.standard_normal(dtype=np.float32))
             label_u, prior_u = rng.random(2)
             labels.append(shards.num_classes if label_u < label_drop else int(shards.labels[index]))
             if evenly_kept(sample, prior_drop) if exact_share else prior_u >= prior_drop:
                 keep.append(place)
-        moments = shards.gather(indices, views)
-        self.latents = torch.from_numpy(moments[:, 0] + moments[:, 1] * np.stack(drawn))  # float32, as the normals are
+        moments = shards.gather(self.images.tolist(), views)
+        self.latents = torch.from_numpy(moments[:, 0] + moments[:, 1] * np.stack(posterior))  # float32, as the normals
         self.noise = torch.from_numpy(np.stack(noise))
         self.normal, self.labels = torch.tensor(normal), torch.tensor(labels)
         self.keep = torch.tensor(keep, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def parts(self, size: int | None) -> list[Batch]:
+        """Micro-batches of `size` rows, the last one perhaps smaller; None for a single one."""
+        size, found = size or len(self), []
+        for first in range(0, len(self), size):
+            rows = slice(first, first + size)
+            keep = self.keep[(self.keep >= first) & (self.keep < first + size)] - first
+            found.append(Batch(self.latents[rows], self.noise[rows], self.normal[rows], self.labels[rows], keep))
+        return found
+
+
+def image_indices(samples: range, *, seed: int, size: int) -> np.ndarray:
+    """The image of each training sample, of `size` images: epoch by epoch, every one once in each."""
+    places = (divmod(sample, size) for sample in samples)
+    return np.array([epoch_order(seed, epoch, size)[position] for epoch, position in places], dtype=np.int64)
 
 
 @lru_cache(maxsize=2)
@@ -104,3 +141,18 @@ def evenly_kept(sample: int, drop: float) -> bool:
     """Whether sample number `sample` keeps its prior when an exact share 1 - drop does, spread evenly."""
     keep = 1 - drop
     return int((sample + 1) * keep + 1e-9) > int(sample * keep + 1e-9)
+
+
+def draws_ahead(
+    draw: Callable[[int], TrainingDraws], steps: range, *, depth: int = 2
+) -> Generator[TrainingDraws, None, None]:
+    """`draw(step)` of every step in order. A thread draws the next ones, while what was yielded is computed with.
+
+    At most `depth` are in memory. An error in `draw` is raised when its step is due.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="draws") as pool:
+        due = iter(steps)
+        ahead = deque(pool.submit(draw, step) for step in islice(due, depth))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(draw, step) for step in islice(due, 1))

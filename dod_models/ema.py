@@ -1,11 +1,17 @@
 """Exponential moving averages of a model's weights."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Ema:
-    """One averaged copy: w <- decay * w + (1 - decay) * model, after every step."""
+    """One averaged copy: w <- decay * w + (1 - decay) * model, after every step.
+
+    Of a model whose weights are sharded over processes, each process averages its own shards.
+    """
 
     def __init__(self, model: nn.Module, *, decay: float, warm_up: bool) -> None:
         """With `warm_up` the decay of step i (from 0) is min(decay, (1 + i) / (10 + i)), for short trainings."""
@@ -16,4 +22,9 @@ class Ema:
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards the model's weights after step `step` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
-        torch._foreach_lerp_(list(self.weights.values()), [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_(local(self.weights.values()), local(model.parameters()), 1 - decay)
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's shards, or the whole tensors where they are not sharded."""
+    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

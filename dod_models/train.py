@@ -4,124 +4,60 @@ The state of training is a pure function of the config and the number of samples
 drops come from `data.TrainingDraws`. The global batch is split over processes in contiguous blocks.
 """
 
-import json
 import logging
 import shutil
-from contextlib import nullcontext
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from dod_models import artifact, draws
+from dod_models import artifact
 from dod_models.checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from dod_models.checkpoint import load_state, save_checkpoint, save_state
-from dod_models.config import Frozen
-from dod_models.data import LatentShards, TrainingDraws
-from dod_models.ema import Ema
+from dod_models.compute import Processes, accelerator_for, synchronizing
+from dod_models.data import LatentShards, TrainingDraws, draws_ahead
 from dod_models.flow import flow_loss, logit_normal, point_on_path
-from dod_models.model import DoD, ModelConfig
+from dod_models.record import Record, Row, check_ledger
+from dod_models.speed import Speed, training_flops
+from dod_models.state import TrainConfig, TrainState
+
+__all__ = ["TrainConfig", "fit"]
 
 log = logging.getLogger(__name__)
 
-SCHEMA = "train/1"
-Decay = Annotated[float, Field(gt=0, lt=1)]
-Curve = list[dict[str, int | float]]  # rows of step, samples seen, mean loss since the row before
+SCHEMA = "train/2"
+STOPPED = 143  # exit status after SIGTERM, as a shell reports it
 
 
-class TrainConfig(Frozen):
-    """The paper's training (section 4.1) by default; steps count optimizer updates."""
-
-    model: ModelConfig
-    steps: PositiveInt = 1_500_000
-    batch_size: PositiveInt = 256  # over all processes
-    learning_rate: PositiveFloat = 1e-4
-    warmup_steps: int = Field(0, ge=0)  # linear, then constant
-    clip: PositiveFloat = 1.0  # norm of the gradient; stated nowhere in the paper
-    ema_decays: tuple[Decay, ...] = Field((0.999, 0.9999), min_length=1)  # the paper prints 0.999, its peers use 0.9999
-    ema_warmup: bool = False  # for short trainings
-    label_drop: float = Field(0.1, ge=0, le=1)
-    prior_drop: float = Field(0.5, ge=0, le=1)  # p_s
-    prior_share: Literal["bernoulli", "exact"] = "bernoulli"  # exact: a fixed share of every batch keeps its prior
-    precision: Literal["no", "bf16"] = "no"
-    save_every: PositiveInt = 50_000  # steps between checkpoints
-    state_every: PositiveInt = 5_000  # steps between resume states
-    log_every: PositiveInt = 50  # steps averaged into a row of the curve
-    seed: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def check_multiples(self) -> "TrainConfig":
-        """Checkpoints and states fall on rows of the curve, the last checkpoint on the last step."""
-        for name in ("save_every", "state_every"):
-            if getattr(self, name) % self.log_every:
-                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of log_every {self.log_every}")
-        if self.steps % self.save_every:
-            raise ValueError(f"steps {self.steps} is not a multiple of save_every {self.save_every}")
-        return self
+def train_step(state: TrainState, draw: TrainingDraws) -> tuple[Tensor, Tensor]:
+    """One update on this process's share of a batch; its mean loss and the gradient's norm, still on the device."""
+    state.optimizer.zero_grad()
+    total = torch.zeros((), device=state.accelerator.device)
+    parts = draw.parts(state.config.compute.micro_batch)
+    for number, part in enumerate(parts, 1):
+        data, noise, normal, labels, keep = part.to(state.accelerator.device)
+        t = logit_normal(normal)
+        with synchronizing(state.model, state.accelerator, last=number == len(parts)):
+            with state.accelerator.autocast():
+                predicted = state.model(point_on_path(data, noise, t), t, labels, prior=data, keep=keep)
+            loss = flow_loss(predicted.float(), data, noise) * (len(data) / len(draw))  # they add up to the mean
+            state.accelerator.backward(loss)
+        total += loss.detach()
+    return total, state.update()
 
 
-class TrainState:
-    """Model, optimizer and averages, and how many steps they have seen."""
-
-    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
-        with draws.seeded(config.seed, "model"):
-            self.raw = DoD(config.model)
-        self.config, self.accelerator, self.step = config, accelerator, 0
-        self.raw.to(accelerator.device)
-        optimizer = torch.optim.AdamW(
-            self.raw.parameters(), config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-        )
-        self.model, self.optimizer = accelerator.prepare(self.raw, optimizer)
-        self.averages = [Ema(self.raw, decay=d, warm_up=config.ema_warmup) for d in config.ema_decays]
-
-    def update(self, loss: Tensor) -> None:
-        """Backward pass, clipped AdamW step, averages."""
-        rate = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        for average in self.averages:
-            average.update(self.raw, self.step)
-        self.step += 1
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that training changes, by name."""
-        moments = self.optimizer.state_dict()["state"]
-        found: dict[str, Tensor] = {f"model/{name}": p for name, p in self.raw.named_parameters()}
-        for index, (name, _) in enumerate(self.raw.named_parameters()):
-            found |= {f"optimizer/{name}/{key}": value for key, value in moments.get(index, {}).items()}
-        for average in self.averages:
-            found |= {f"ema-{average.decay}/{name}": w for name, w in average.weights.items()}
-        return {name: t.detach().cpu().contiguous() for name, t in found.items()}
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """The inverse of `tensors`."""
-        moments: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(self.raw.named_parameters()):
-            parameter.copy_(tensors[f"model/{name}"])
-            prefix = f"optimizer/{name}/"
-            moments[index] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        for average in self.averages:
-            for name, weight in average.weights.items():
-                weight.copy_(tensors[f"ema-{average.decay}/{name}"])
-        self.step = step
-
-
-def train_step(state: TrainState, shards: LatentShards) -> Tensor:
-    """One update on the next batch; returns its loss, still on the device."""
-    config, rank, world = state.config, state.accelerator.process_index, state.accelerator.num_processes
-    share = config.batch_size // world
-    first = state.step * config.batch_size + rank * share
-    draw = TrainingDraws(
+def draw_share(step: int, *, config: TrainConfig, shards: LatentShards, rank: int, processes: int) -> TrainingDraws:
+    """The draws of one of the processes for a step: its contiguous block of the batch."""
+    share = config.batch_size // processes
+    first = step * config.batch_size + rank * share
+    return TrainingDraws(
         shards,
         range(first, first + share),
         seed=config.seed,
@@ -129,14 +65,6 @@ def train_step(state: TrainState, shards: LatentShards) -> Tensor:
         prior_drop=config.prior_drop,
         exact_share=config.prior_share == "exact",
     )
-    device = state.accelerator.device
-    data, noise, labels, keep = (x.to(device) for x in (draw.latents, draw.noise, draw.labels, draw.keep))
-    t = logit_normal(draw.normal.to(device))
-    with state.accelerator.autocast():
-        predicted = state.model(point_on_path(data, noise, t), t, labels, prior=data, keep=keep)
-    loss = flow_loss(predicted.float(), data, noise)
-    state.update(loss)
-    return loss.detach()
 
 
 def check_shapes(config: TrainConfig, shards: LatentShards, processes: int) -> None:
@@ -150,98 +78,151 @@ def check_shapes(config: TrainConfig, shards: LatentShards, processes: int) -> N
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {processes} processes")
 
 
-def fit(config: TrainConfig, *, latents: Path, out: Path, state: Path) -> dict[str, Any]:
-    """Train to `config.steps`; `out` gets `step-N/` checkpoints and `curve.jsonl`. Returns the last row of the curve.
+class Work(NamedTuple):
+    """Where work in progress lies, and what its manifests state."""
+
+    out: Path  # becomes the output
+    resume: Path  # the resume states
+    about: dict[str, Any]
+
+
+def fit(config: TrainConfig, *, latents: Path, out: Path, state: Path) -> Row:
+    """Train to `config.steps`; `out` gets `step-N/` checkpoints, curve and ledger. Returns the curve's last row.
 
     Work in progress lies under `state`, keyed by config and latents: a run that was killed goes on from there, and its
-    results equal those of an undisturbed run to the bit (on a CPU). Finished work stays there, as hard links, until the
-    next training under `state` begins or `artifact.forget_finished` is called: nobody has recorded `out` yet.
+    results equal those of an undisturbed run to the bit (on a CPU). SIGTERM ends the step, saves, and exits with status
+    143. Finished work stays there, as hard links, until the next training under `state` begins or
+    `artifact.forget_finished` is called: nobody has recorded `out` yet. The first process alone reads and writes there.
     """
-    accelerator = Accelerator(mixed_precision=config.precision)
-    main = accelerator.is_main_process
-    shards = LatentShards(latents, check=main)
-    check_shapes(config, shards, accelerator.num_processes)
+    accelerator = accelerator_for(config.precision)
+    processes = Processes(accelerator)
+    shards = LatentShards(latents, check=accelerator.is_local_main_process)
+    check_shapes(config, shards, processes.count)
+    processes.check_equal({"the config's digest": config.digest, "the latents' digest": shards.digest})
     key = f"{config.digest[:16]}-{shards.digest[:16]}"
-    work, resume = state / key / "out", state / key / "resume"
     about = {"latents": shards.digest, "steps": config.steps, "seed": config.seed}
-    with artifact.locked(work) if main else nullcontext():
-        if main:
+    work = Work(state / key / "out", state / key / "resume", about)
+    with artifact.locked(work.out) if processes.first else nullcontext(), heeding_sigterm() as notice:
+        if processes.first:
             artifact.forget_finished(state, but=key)
         training = TrainState(config, accelerator)
-        curve = go_on(training, work, resume)
-        run(training, shards, curve, work=work, resume=resume, about=about)
-        if main:
-            artifact.describe(work, schema=SCHEMA, config=config.digest, about=about)
-            artifact.publish(work, out)
-    return curve[-1]
+        record = Record(log_every=config.log_every, batch_size=config.batch_size, device=accelerator.device)
+        go_on(training, record, processes, work)
+        run(training, shards, record, processes, work, stop=notice.is_set)
+        if processes.first:
+            record.write(work.out)
+            check_ledger(record.ledger, samples=config.steps * config.batch_size, seed=config.seed, size=len(shards))
+            artifact.describe(work.out, schema=SCHEMA, config=config.digest, about=about)
+            artifact.publish(work.out, out)
+    processes.end()
+    return record.curve[-1]
 
 
-def go_on(training: TrainState, work: Path, resume: Path) -> Curve:
-    """Restore the newest resume state whose checkpoints are all there, if any; returns the rows of the curve so far."""
-    found = load_state(resume)
+@contextmanager
+def heeding_sigterm() -> Iterator[threading.Event]:
+    """SIGTERM, e.g. notice that a spot instance will be taken away, sets the event and ends nothing by itself."""
+    notice = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # others can't receive signals
+        yield notice
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: notice.set())
+    try:
+        yield notice
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def go_on(training: TrainState, record: Record, processes: Processes, work: Work) -> None:
+    """Restore the newest resume state whose checkpoints are all there; begin anew if there is none."""
+    tensors, about = (find_state(work, training.config.save_every) if processes.first else None) or ({}, None)
+    about = processes.told(about)
+    if about is None:
+        training.warm_start()
+        log.info("train: beginning")
+        return
+    row = {name: tensors.pop(name) for name in record.tensors() if name in tensors}
+    training.restore(tensors, about["step"])
+    record.restore(about, processes.told(row))
+    log.info(f"train: going on from step {about['step']}")
+
+
+def find_state(work: Work, save_every: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest resume state whose checkpoints are all there, if any."""
+    found = load_state(work.resume)
     if found is None:
-        return []
-    every, step = training.config.save_every, found[1]["step"]
-    for saved in range(every, step + 1, every):
+        return None
+    step = found[1]["step"]
+    for saved in range(save_every, step + 1, save_every):
         try:
-            artifact.verify(work / f"step-{saved}", schema=CHECKPOINT_SCHEMA)
+            artifact.verify(work.out / f"step-{saved}", schema=CHECKPOINT_SCHEMA)
         except artifact.DamagedError as error:
             log.warning(f"train: starting again, for the state of step {step} lacks a checkpoint: {error}")
-            if training.accelerator.is_main_process:
-                shutil.rmtree(resume)  # or its states, newer by number, would crowd out those to come
-            return []
-    training.restore(found[0], step)
-    log.info(f"train: going on from step {step}")
-    curve: Curve = found[1]["curve"]
-    return curve
+            shutil.rmtree(work.resume)  # or its states, newer by number, would crowd out those to come
+            return None
+    return found
 
 
 def run(
     training: TrainState,
     shards: LatentShards,
-    curve: Curve,
+    record: Record,
+    processes: Processes,
+    work: Work,
     *,
-    work: Path,
-    resume: Path,
-    about: dict[str, Any],
+    stop: Callable[[], bool],
 ) -> None:
     """The dull loop: steps, rows of the curve, checkpoints, resume states."""
-    config, accelerator = training.config, training.accelerator
+    config, batch = training.config, training.config.batch_size
+    speed = Speed(
+        training.accelerator,
+        flops_per_image=training_flops(config.model, prior_drop=config.prior_drop),
+        peak_tflops=config.compute.peak_tflops,
+    )
+    draw = partial(draw_share, config=config, shards=shards, rank=processes.rank, processes=processes.count)
     bar = tqdm(
-        total=config.steps * config.batch_size,
-        initial=training.step * config.batch_size,
+        total=config.steps * batch,
+        initial=training.step * batch,
         desc="train",
         unit="image",
-        disable=not accelerator.is_main_process,
+        disable=not processes.first,
     )
-    total = torch.zeros((), device=accelerator.device)
-    while training.step < config.steps:
-        total += train_step(training, shards)
-        bar.update(config.batch_size)
-        if training.step % config.log_every:
-            continue
-        loss = float(accelerator.reduce(total, "mean")) / config.log_every
-        if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(
-                f"train: the loss is {loss} at step {training.step}; lower train.learning_rate, or delete "
-                f"{resume.parent} if the resume state is at fault"
-            )
-        total.zero_()
-        curve.append({"step": training.step, "samples": training.step * config.batch_size, "loss": loss})
-        bar.set_postfix(step=training.step, loss=f"{loss:.4f}")
-        save(training, curve, work=work, resume=resume, about=about)
-    bar.close()
-    if accelerator.is_main_process:
-        (work / "curve.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in curve))
+    with closing(draws_ahead(draw, range(training.step, config.steps))) as ahead, bar:
+        speed.start(training.step * batch)
+        for drawn in ahead:
+            record.add(drawn, *train_step(training, drawn))
+            bar.update(batch)
+            row_is_due, stopping = training.step % config.log_every == 0, processes.any(stop())
+            if not (row_is_due or stopping):
+                continue
+            record.collect(processes)
+            if row_is_due:
+                tell(record.close_row(), speed, bar)
+            save(training, record, work, stopping=stopping)
+            if stopping and training.step < config.steps:
+                log.info(
+                    f"train: stopped by SIGTERM after step {training.step}, which was saved; run it again to go on"
+                )
+                raise SystemExit(STOPPED)
+            speed.start(training.step * batch)
 
 
-def save(training: TrainState, curve: Curve, *, work: Path, resume: Path, about: dict[str, Any]) -> None:
+def tell(row: Row, speed: Speed, bar: "tqdm[Any]") -> None:
+    """Show a row, and how fast it came, in the progress bar and in the log."""
+    shown = {"loss": f"{row['loss']:.4f}", "norm": f"{row['gradient_norm']:.3f}", **speed.read(int(row["samples"]))}
+    bar.set_postfix({"step": row["step"]} | {name: value for name, value in shown.items() if name != "images/s"})
+    if not bar.disable:
+        log.info(f"train: step {row['step']}: {', '.join(f'{name} {value}' for name, value in shown.items())}")
+
+
+def save(training: TrainState, record: Record, work: Work, *, stopping: bool) -> None:
     """Write the checkpoint and the resume state that are due at this step, in this order."""
-    config, step = training.config, training.step
-    if not training.accelerator.is_main_process:
-        return
+    config, step, first = training.config, training.step, training.accelerator.is_main_process
     if step % config.save_every == 0:
-        averages = {average.decay: average.weights for average in training.averages}
-        save_checkpoint(work / f"step-{step}", averages, config.model, about={**about, "step": step})
-    if step % config.state_every == 0 or step == config.steps:
-        save_state(resume, step, training.tensors(), config=config.digest, about={"curve": curve})
+        weights = training.weights()
+        if first:
+            save_checkpoint(work.out / f"step-{step}", weights, config.model, about={**work.about, "step": step})
+    if stopping or step % config.state_every == 0 or step == config.steps:
+        tensors = training.tensors() | record.tensors()
+        if first:
+            rows = {"curve": record.curve, "ledger": record.ledger}
+            save_state(work.resume, step, tensors, config=config.digest, about=rows)

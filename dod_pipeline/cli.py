@@ -130,10 +130,11 @@ def do_stage(given: argparse.Namespace) -> int:
     fetch.inputs(job)
     started = time.monotonic()
     code = launch.run(job)
-    if code != 0:
+    if code != 0 or launch.is_helper(job.stage):  # the first machine has the results
         return code
     seconds = time.monotonic() - started
-    costs.append(job, seconds=seconds, device=launch.device_name(), processes=launch.processes_of(job.stage))
+    processes = launch.processes_of(job.stage) * launch.machines_of(job.stage)[0]
+    costs.append(job, seconds=seconds, device=launch.device_name(), processes=processes)
     if job.stage in ("metrics", "sweeps"):
         for record in history.records(params, job):
             history.append(record)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, PositiveInt, StringConstraints, model_validator
+from pydantic import Field, PositiveInt, StringConstraints, field_validator, model_validator
 
 from dod_models.config import Frozen
 
@@ -31,14 +31,26 @@ class DataSet(Frozen):
 
 
 class Experiment(Frozen):
-    """Settings of training, of sampling (of every stage, then what stage 1 and the later ones change), of scoring."""
+    """Settings of training, of sampling (of every stage, then what stage 1 and the later ones change), of scoring.
+
+    `compute` lays training out over the hardware. No result depends on it, so DVC isn't told of it.
+    """
 
     data: Key
     train: Settings
+    compute: Settings = Field(default_factory=dict)
     sampling: Settings
     stage1: Settings
     stage2: Settings
     evaluation: Settings
+
+    @field_validator("train")
+    @classmethod
+    def check_compute(cls, train: Settings) -> Settings:
+        """What changes no result must not stand where DVC looks."""
+        if "compute" in train:
+            raise ValueError("compute stands beside train, not in it, so that a change of it makes nothing stale")
+        return train
 
 
 class Checkpoint(Frozen):
@@ -121,8 +133,8 @@ class Params(Frozen):
         return dict(sorted(found.items(), key=lambda item: item[1].step))
 
     def only(self, experiment: str) -> "Params":
-        """The part that concerns one experiment: its data set and its checkpoints, without sweeps."""
-        found = self.experiments[experiment]
+        """The part that concerns one experiment: its data set and its checkpoints, without sweeps and `compute`."""
+        found = self.experiments[experiment].model_copy(update={"compute": {}})
         return Params(
             datasets={found.data: self.datasets[found.data]},
             experiments={experiment: found},

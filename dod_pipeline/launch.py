@@ -4,36 +4,93 @@
 """
 
 import os
+import signal
 import subprocess
 import sys
+from types import FrameType
 
 from dod_models import cli
 from dod_pipeline.lifeline import held
 from dod_pipeline.stages import Job
 
-PROCESSES = "DOD_PROCESSES"  # environment: how many processes train or encode, e.g. one for each GPU
 SPLIT = ("train", "latents")  # the stages that several processes can share
+
+# Environment: how many processes share such a stage on a machine, e.g. one for each GPU; for training also on how many
+# machines, each of which is told the same but for its own number, from 0; and where number 0 listens (host:port).
+PROCESSES, MACHINES, MACHINE, MAIN = "DOD_PROCESSES", "DOD_MACHINES", "DOD_MACHINE", "DOD_MAIN"
+
+STOPPED = 143  # exit status after SIGTERM, as a shell reports it
+NOTICE = "100"  # seconds that processes have to save; a spot instance is taken away 120 seconds after the notice
+
+
+def number(name: str, *, of: str, least: int) -> int:
+    """A whole number from the environment, `least` where it isn't given."""
+    text = os.environ.get(name, str(least))
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name}={text!r}: must be {of}, {least} or more")
+    return int(text)
 
 
 def processes_of(stage: str) -> int:
-    """How many processes compute a stage."""
-    processes = os.environ.get(PROCESSES, "1")
-    if not processes.isdecimal() or int(processes) < 1:
-        raise ValueError(f"{PROCESSES}={processes!r}: must be a number of processes, 1 or more")
-    return int(processes) if stage in SPLIT else 1
+    """How many processes of this machine compute a stage."""
+    processes = number(PROCESSES, of="a number of processes", least=1)
+    return processes if stage in SPLIT else 1
+
+
+def machines_of(stage: str) -> tuple[int, int]:
+    """How many machines compute a stage, and which of them this is."""
+    machines, machine = number(MACHINES, of="a number of machines", least=1), number(MACHINE, of="a machine", least=0)
+    if machine >= machines:
+        raise ValueError(f"{MACHINE}={machine}: must be below {MACHINES}, which is {machines}")
+    return (machines, machine) if stage == "train" else (1, 0)
+
+
+def is_helper(stage: str) -> bool:
+    """Whether this machine computes for another one, which has the results."""
+    return machines_of(stage)[1] > 0
 
 
 def run(job: Job) -> int:
     """Run the job on this machine; returns its exit status."""
-    processes = processes_of(job.stage)
-    if processes == 1:
+    processes, (machines, machine) = processes_of(job.stage), machines_of(job.stage)
+    if processes == machines == 1:
         return cli.main(job.arguments())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = dict(os.environ) if has_gpus() else os.environ | {"ACCELERATE_USE_CPU": "true"}
+    if machines == 1:  # nothing here concerns the network
+        meeting = ["--standalone", "--local_addr", "127.0.0.1"]
+        environment = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} | environment
+    else:
+        host, _, port = os.environ.get(MAIN, "").rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"{MAIN}={os.environ.get(MAIN, '')!r}: must be machine 0's host:port, e.g. 10.0.0.1:29500")
+        meeting = ["--nnodes", str(machines), "--node_rank", str(machine), "--master_addr", host, "--master_port", port]
+    options = ["--nproc_per_node", str(processes), "--shutdown_timeout", NOTICE, "--no_python"]
     worker = held([sys.executable, "-m", "dod_models.cli", *job.arguments()])
-    environment = os.environ if has_gpus() else os.environ | {"ACCELERATE_USE_CPU": "true"}
-    code = subprocess.run(held([*launcher, "--no-python", *worker]), env=environment).returncode
+    launcher = [sys.executable, "-m", "torch.distributed.run", *meeting, *options, *worker]
+    code = wait_for(held(launcher), environment)
     # Shards are encoded by all, and put together by this process: no one of them waits for another.
     return cli.main(job.arguments()) if code == 0 and job.stage == "latents" else code
+
+
+def wait_for(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command and return its exit status. SIGTERM is handed on to it, and it ends in its own time."""
+    handed_on = False
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        nonlocal handed_on
+        handed_on = True
+        process.send_signal(number)
+
+    with subprocess.Popen(command, env=environment) as process:
+        before = signal.signal(signal.SIGTERM, hand_on)
+        try:
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return STOPPED if handed_on and code != 0 else code
 
 
 def has_gpus() -> bool:

@@ -57,7 +57,8 @@ def settings(params: Params, stage: str, key: str) -> Settings:
         found: Settings = getattr(params.datasets[key], stage)
         return found
     if stage == "train":
-        return params.experiments[key].train
+        experiment = params.experiments[key]
+        return experiment.train | ({"compute": experiment.compute} if experiment.compute else {})
     if stage == "report":
         return params.only(key).model_dump()
     experiment = params.experiments[params.checkpoints[key].experiment]

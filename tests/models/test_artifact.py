@@ -1,7 +1,9 @@
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,3 +163,26 @@ def test_missing_and_broken_json_are_named_with_a_remedy(tmp_path):
     path.write_text("[1,")
     with pytest.raises(DamagedError, match=f"{path}: not JSON"):
         artifact.read_json(path)
+
+
+def test_the_disk_has_everything_before_a_folder_takes_its_name(tmp_path, monkeypatch):
+    """What a loss of power would leave: each file and folder is flushed first, the manifest last; then the new name."""
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append(f"{Path(source).name} -> {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    with artifact.writing(tmp_path / "folder", schema="test/1", config="") as output:
+        (output.path / "inner").mkdir()
+        (output.path / "inner" / "file").write_text("x")
+    manifest = [".manifest.json.partial", ".manifest.json.partial -> manifest.json", ".folder.partial"]
+    assert sorted(events[:3]) == [".folder.partial", "file", "inner"]
+    assert events[3:] == [*manifest, ".folder.partial -> folder", tmp_path.name]

@@ -1,3 +1,4 @@
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from dod_models import artifact, data, draws
 from dod_models.artifact import DamagedError
-from dod_models.data import LatentShards, TrainingDraws, evenly_kept
+from dod_models.data import LatentShards, TrainingDraws, draws_ahead, evenly_kept
 
 SHAPE = (2, 3, 3)
 COUNT, CLASSES = 10, 4
@@ -134,3 +135,41 @@ def test_the_exact_share_reaches_the_batches(shards):
     for start in range(0, 64, 8):
         draw = TrainingDraws(shards, range(start, start + 8), **{**USUAL, "exact_share": True})
         assert len(draw.keep) == 4
+
+
+@pytest.mark.parametrize("size", [None, 1, 3, 4, 20])
+def test_micro_batches_are_the_rows_of_the_batch_in_order(tmp_path, size):
+    draw = TrainingDraws(write(tmp_path / "latents", std=1.0), range(10), **USUAL)
+    parts = draw.parts(size)
+    assert [len(part.labels) for part in parts] == {None: [10], 1: [1] * 10, 3: [3, 3, 3, 1], 4: [4, 4, 2], 20: [10]}[
+        size
+    ]
+    for name in ("latents", "noise", "normal", "labels"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(draw, name)), name
+    assert torch.cat([part.keep + i * (size or 0) for i, part in enumerate(parts)]).tolist() == draw.keep.tolist()
+
+
+def test_draws_come_in_order_and_at_most_two_ahead(shards):
+    begun: list[int] = []
+
+    def draw(step: int) -> TrainingDraws:
+        begun.append(step)
+        return TrainingDraws(shards, range(4 * step, 4 * step + 4), **USUAL)
+
+    with closing(draws_ahead(draw, range(3, 9))) as ahead:
+        for step, found in enumerate(ahead, 3):
+            assert torch.equal(found.noise, TrainingDraws(shards, range(4 * step, 4 * step + 4), **USUAL).noise)
+            assert step in begun and max(begun) <= step + 1
+    assert begun == list(range(3, 9))
+
+
+def test_an_error_in_the_thread_is_raised_when_its_step_is_due(shards):
+    def draw(step: int) -> TrainingDraws:
+        if step == 2:
+            raise OSError("the disk is gone")
+        return TrainingDraws(shards, range(step, step + 1), **USUAL)
+
+    ahead = draws_ahead(draw, range(5))
+    assert [next(ahead).images.tolist() for _ in range(2)] == [[i] for i in draws.permutation(0, 0, COUNT)[:2]]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)

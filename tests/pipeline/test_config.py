@@ -214,3 +214,21 @@ def test_keys_that_dagster_cannot_tell_apart_are_refused(values: dict[str, Any],
     values[place] |= {"v1-5": item, "v1_5": item}
     with pytest.raises(ValueError, match=rf"{place}: 'v1-5' and 'v1_5' differ in punctuation alone"):
         Params.parse(values, place="params.yaml")
+
+
+def test_compute_reaches_training_and_changes_no_digest(values: dict[str, Any]):
+    """No stage's params in dvc.yaml hold it either: test_dvc_yaml.py."""
+    before = {s: stages.resolve(Params.parse(values, place=""), s, "tiny").config.digest for s in ("train", "report")}
+    values["experiments"]["tiny"]["compute"] = {"micro_batch": 2, "sharding": "fsdp"}
+    params = Params.parse(values, place="")
+    assert {s: stages.resolve(params, s, "tiny").config.digest for s in before} == before
+    config = stages.resolve(params, "train", "tiny").config
+    assert config.model_dump()["compute"] | {"micro_batch": 2, "sharding": "fsdp"} == config.model_dump()["compute"]
+    values["experiments"]["tiny"]["compute"]["micro_bath"] = 2
+    with pytest.raises(ValueError, match=r"params.yaml: train of tiny: compute.micro_bath: unknown key"):
+        stages.resolve(Params.parse(values, place=""), "train", "tiny")
+
+
+def test_compute_within_train_is_refused(values: dict[str, Any]):
+    values["experiments"]["tiny"]["train"] = {**values["experiments"]["tiny"]["train"], "compute": {}}
+    assert "params.yaml: experiments.tiny.train: compute stands beside train, not in it" in complaint(values)

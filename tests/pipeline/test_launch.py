@@ -1,0 +1,85 @@
+"""A training in several processes and on several machines, here two launchers on one; and a notice to stop."""
+
+import json
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from dod_models import artifact
+from dod_pipeline import cli
+
+from .processes import Command, assert_all_end, wait_for
+from .project import Project
+
+TRAIN = ("dod", "stage", "train", "tiny")
+CPU = {"ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": ""}
+LONGEST = 200  # seconds
+
+
+def losses(project: Project) -> list[float]:
+    return [json.loads(line)["loss"] for line in (project.root / "train/tiny/curve.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(600)
+def test_two_machines_train_as_one_process_does(own: Project):
+    alone, ledger = losses(own), (own.root / "train/tiny/ledger.jsonl").read_bytes()
+    records = list((own.root / "history" / "costs").rglob("*.json"))
+    own.run("rm", "-r", "train/tiny", ".state/train")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        main = f"127.0.0.1:{free.getsockname()[1]}"
+    other = own.copy(own.root.parent / "other")  # the same params and latents, a disk of its own
+    machines = {"DOD_MACHINES": "2", "DOD_MAIN": main, **CPU}
+    team = [Command(p, *TRAIN, DOD_MACHINE=str(i), **machines) for i, p in enumerate((own, other))]
+    for command in team:
+        assert command.end(LONGEST) == 0, command.text
+    assert losses(own) == pytest.approx(alone, rel=1e-5)
+    assert (own.root / "train/tiny/ledger.jsonl").read_bytes() == ledger
+    artifact.verify(own.root / "train" / "tiny", schema="train/2")
+    assert not (other.root / "train" / "tiny").exists() and not list(other.root.glob(".state/train/tiny/*"))
+    assert len(list((own.root / "history" / "costs").rglob("*.json"))) == len(records) + 1
+    assert len(list((other.root / "history" / "costs").rglob("*.json"))) == len(records)
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_reaches_the_processes_which_save_and_end(own: Project):
+    alone, values = losses(own), own.params()
+    train = values["experiments"]["tiny"]["train"]
+    train |= {"steps": 3000, "save_every": 3000, "state_every": 3000}
+    del values["sweeps"]
+    values["checkpoints"]["tiny-6"]["step"] = 3000
+    own.write_params(values)
+    command = Command(own, *TRAIN, DOD_PROCESSES="2", **CPU)
+    assert wait_for(lambda: "train: step 6:" in command.text, LONGEST), command.text
+    command.process.terminate()
+    assert command.end(60) == 143, command.text
+    assert "train: stopped by SIGTERM after step " in command.text
+    assert_all_end(own.root, 10)
+    (state,) = own.root.glob(".state/train/tiny/*/resume/step-*")
+    rows = artifact.verify(state, schema="state/2")["about"]["curve"]
+    assert len(rows) == int(state.name.removeprefix("step-")) >= 6
+    assert [row["loss"] for row in rows[:6]] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"DOD_MACHINES": "0"}, "DOD_MACHINES='0': must be a number of machines, 1 or more"),
+        ({"DOD_MACHINES": "2", "DOD_MACHINE": "2"}, "DOD_MACHINE=2: must be below DOD_MACHINES, which is 2"),
+        ({"DOD_MACHINES": "2", "DOD_MAIN": "here"}, "DOD_MAIN='here': must be machine 0's host:port, e.g. 10.0.0.1:"),
+    ],
+)
+def test_senseless_machines_are_refused(
+    shared: Project,
+    inside: Callable[[Project], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    message: str,
+):
+    inside(shared)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["stage", "train", "tiny"]) == 1
+    assert message in capsys.readouterr().err
