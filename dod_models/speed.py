@@ -3,6 +3,7 @@
 For the eye alone: it stands in the log and in no output.
 """
 
+import resource
 import time
 
 import torch
@@ -53,11 +54,13 @@ class Speed:
         self.begun, self.images = time.monotonic(), images
 
     def read(self, images: int) -> dict[str, str]:
-        """Images a second, utilisation where the peak is known, the most memory of a GPU that was ever in use."""
+        """Images a second, utilisation where the peak is known, the most memory that was in use (GPU's, or host's)."""
         rate = (images - self.images) / max(time.monotonic() - self.begun, 1e-9)
         shown = {"images/s": f"{rate:.1f}"}
         if self.peak is not None:
             shown["MFU"] = f"{100 * rate * self.flops_per_image / self.peak:.1f} %"
         if self.device.type == "cuda":
-            shown["memory"] = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB"
-        return shown
+            used = torch.cuda.max_memory_allocated(self.device)
+        else:
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+        return shown | {"memory": f"{used / 2**30:.1f} GiB"}

@@ -1,5 +1,6 @@
 import time
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -30,7 +31,10 @@ def test_utilisation_is_flops_over_peak(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     found = Speed(Accelerator(), flops_per_image=1e9, peak_tflops=0.5)
     found.start(1000)
-    assert found.read(1600) == {"images/s": "300.0", "MFU": "60.0 %"}  # 600 images in 2 s: 0.3 of 0.5 TFLOPs
+    held = np.ones(2**27)  # 1 GiB
+    shown = found.read(1600)
+    assert 1 < float(shown.pop("memory").removesuffix(" GiB")) < 64 and held.any()
+    assert shown == {"images/s": "300.0", "MFU": "60.0 %"}  # 600 images in 2 s: 0.3 of 0.5 TFLOPs
 
 
 def test_the_peak_is_known_for_known_gpus_alone(monkeypatch):
