@@ -47,6 +47,7 @@ def test_the_peak_is_known_for_known_gpus_alone(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_step_waits_for_the_device(pipeline):
     from dod_models.data import LatentShards
     from dod_models.record import Record
