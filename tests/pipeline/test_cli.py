@@ -45,7 +45,7 @@ def bare(tmp_path: Path, inside: Enter) -> Project:
 def test_help_imports_nothing_heavy(arguments: list[str]):
     program = f"""
 import json, sys
-from dod_pipeline import cli, tables
+from dod_pipeline import cli
 try:
     cli.main({arguments!r})
 except SystemExit as end:

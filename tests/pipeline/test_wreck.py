@@ -118,10 +118,10 @@ def test_conflict_markers_in_dvc_lock_are_named_with_a_remedy_that_works(own: Pr
     lock = own.root / "dvc.lock"
     mine = lock.read_text()
     own.run("git", "checkout", "--quiet", "-b", "other")
-    lock.write_text(mine.replace("cmd: dod stage train tiny", "cmd: dod stage train other"))
+    lock.write_text(mine.replace("cmd: exec dod stage train tiny", "cmd: exec dod stage train other"))
     own.commit("other")
     own.run("git", "checkout", "--quiet", "main")
-    lock.write_text(mine.replace("cmd: dod stage train tiny", "cmd: dod stage train main"))
+    lock.write_text(mine.replace("cmd: exec dod stage train tiny", "cmd: exec dod stage train main"))
     own.commit("main")
     own.run("git", "merge", "other", status=1)
     marked = lock.read_text()
@@ -132,7 +132,7 @@ def test_conflict_markers_in_dvc_lock_are_named_with_a_remedy_that_works(own: Pr
         assert len(said.splitlines()) == 1 and lock.read_text() == marked
     assert "tiny-6" in own.dod("history").stdout
     own.run("git", "checkout", "--ours", "dvc.lock")
-    lock.write_text(lock.read_text().replace("cmd: dod stage train main", "cmd: dod stage train tiny"))
+    lock.write_text(lock.read_text().replace("cmd: exec dod stage train main", "cmd: exec dod stage train tiny"))
     own.dod("run", "tiny")
     own.dvc("status", "-q")
 
