@@ -83,7 +83,9 @@ def save_state(root: Path, step: int, tensors: dict[str, Tensor], *, config: str
         save_file(tensors, output.path / "state.safetensors")
         output.about = {**about, "step": step}
     artifact.verify(folder, schema=STATE_SCHEMA)
-    for old in sorted(root.glob("step-*"))[:-STATES_KEPT]:
+    found = sorted(root.glob("step-*"))
+    later = [other for other in found if other > folder]  # passed over as damaged, and would crowd this one out
+    for old in [*found[: -STATES_KEPT - len(later)], *later]:
         shutil.rmtree(old)
 
 

@@ -140,8 +140,13 @@ class Processes:
                     "give every machine the same params.yaml and latents"
                 )
 
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.count > 1:
+            dist.barrier(group=self.group)
+
     def end(self) -> None:
         """Part in good order, so that nobody complains of peers that have gone."""
         if self.count > 1:
-            dist.barrier(group=self.group)
+            self.wait()
             dist.destroy_process_group()

@@ -198,6 +198,9 @@ def run(
             if row_is_due:
                 tell(record.close_row(), speed, bar)
             save(training, record, work, stopping=stopping)
+            # The first one writes. If another ended meanwhile, torchrun would kill the first after 30 seconds; if it
+            # began a step, NCCL would give up on the first after 10 minutes.
+            processes.wait()
             if stopping and training.step < config.steps:
                 log.info(
                     f"train: stopped by SIGTERM after step {training.step}, which was saved; run it again to go on"

@@ -73,6 +73,16 @@ def test_the_newest_state_is_found_and_two_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000000004", "step-000000010"]
 
 
+def test_damaged_states_of_later_steps_crowd_no_sound_one_out(tmp_path):
+    states(tmp_path, 20, 30)
+    for damaged in tmp_path.glob("step-*/state.safetensors"):
+        damaged.write_bytes(b"")
+    assert resumed(tmp_path) is None
+    states(tmp_path, 4, 6)
+    assert resumed(tmp_path)[1]["step"] == 6
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000000004", "step-000000006"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "no manifest"])
 def test_a_damaged_state_is_named_and_the_one_before_used(tmp_path, caplog, damage):
     states(tmp_path, 2, 4)
