@@ -110,17 +110,12 @@ class Modulation(nn.Linear):
     """SiLU(condition) through one wide layer, where FiTv2 has a layer for each of these outputs:
 
     the global AdaLN (6 D: shift, scale, gate of attention, then of the MLP), the final layer's shift and scale (2 D),
-    and the low-rank term of every block (`rank` each). What comes out for a scale is 1 + scale, called a gain.
+    and the low-rank term of every block (`rank` each).
     """
-
-    unit: Tensor
 
     def __init__(self, width: int, *, rank: int, depth: int) -> None:
         self.parts = [6 * width, 2 * width, *[rank] * depth]
         super().__init__(width, sum(self.parts))
-        unit = torch.zeros(8, width)  # shift, scale, gate, shift, scale, gate; shift, scale
-        unit[[1, 4, 7]] = 1
-        self.register_buffer("unit", torch.cat([unit.flatten(), torch.zeros(rank * depth)]), persistent=False)
 
     def reset_parameters(self) -> None:
         """The blocks' terms start with Xavier's bounds, the rest at zero (FiTv2)."""
@@ -130,12 +125,12 @@ class Modulation(nn.Linear):
             nn.init.xavier_uniform_(rows)
 
     def forward(self, condition: Float[Tensor, "B c D"]) -> Float[Tensor, "B c parts"]:
-        return F.linear(F.silu(condition), self.weight, self.bias + self.unit)
+        return super().forward(F.silu(condition))
 
 
-def modulate(x: Tokens, shift: Float[Tensor, "B c D"], gain: Float[Tensor, "B c D"]) -> Tokens:
-    """x * gain + shift, in one pass."""
-    return torch.addcmul(shift, x, gain)
+def modulate(x: Tokens, shift: Float[Tensor, "B c D"], scale: Float[Tensor, "B c D"]) -> Tokens:
+    """x * (1 + scale) + shift, in two passes; 1 + scale itself would lose most of a bf16 scale's digits."""
+    return torch.addcmul(x + shift, x, scale)
 
 
 class BackboneBlock(nn.Module):
@@ -158,9 +153,9 @@ class BackboneBlock(nn.Module):
         sin: Float[Tensor, "T half"],
     ) -> Tokens:
         """`shared` and `low_rank` are this block's parts of `Modulation`."""
-        shift_a, gain_a, gate_a, shift_m, gain_m, gate_m = (shared + self.lora_up(low_rank)).chunk(6, dim=-1)
-        x = torch.addcmul(x, gate_a, self.attention(modulate(self.norm_attention(x), shift_a, gain_a), cos, sin))
-        x = torch.addcmul(x, gate_m, self.mlp(modulate(self.norm_mlp(x), shift_m, gain_m)))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (shared + self.lora_up(low_rank)).chunk(6, dim=-1)
+        x = torch.addcmul(x, gate_a, self.attention(modulate(self.norm_attention(x), shift_a, scale_a), cos, sin))
+        x = torch.addcmul(x, gate_m, self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m)))
         return x
 
 
@@ -174,8 +169,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tokens, modulation: Float[Tensor, "B c 2*D"]) -> Float[Tensor, "B T patch_dim"]:
         """`modulation` is the final layer's part of `Modulation`."""
-        shift, gain = modulation.chunk(2, dim=-1)
-        numbers: Tensor = self.out(modulate(self.norm(x), shift, gain))
+        shift, scale = modulation.chunk(2, dim=-1)
+        numbers: Tensor = self.out(modulate(self.norm(x), shift, scale))
         return numbers
 
 

@@ -26,7 +26,7 @@ class ReferenceConfig(Frozen):
 
     image_size: PositiveInt = 32  # pixels
     channels: PositiveInt = 1  # 1 grey, 3 RGB
-    num_images: PositiveInt | None = None  # of each split, evenly spaced in the index; they are held in memory
+    num_images: PositiveInt | None = None  # of the train split, evenly spaced in the index; they are held in memory
     epochs: PositiveInt = 14
     batch_size: PositiveInt = 64
     learning_rate: PositiveFloat = 4e-3  # peak of the one-cycle schedule
@@ -42,21 +42,21 @@ def augment(signal: Tensor, rng: np.random.Generator, *, max_shift: int, noise: 
     return shifted + noise * torch.from_numpy(rng.standard_normal(signal.shape, dtype=np.float32))
 
 
-def train_net(config: ReferenceConfig, signal: Tensor, labels: Tensor, num_classes: int) -> SmallNet:
-    """Train the classifier whose pooled activations are the features."""
+def train_net(config: ReferenceConfig, pixels: np.ndarray, labels: Tensor, num_classes: int) -> SmallNet:
+    """Train the classifier whose pooled activations are the features, on uint8 images (N, H, W, C)."""
     with draws.seeded(config.seed, "feature net"):
         net = SmallNet(config.channels, num_classes)
-        steps_per_epoch = len(signal) // config.batch_size or 1
+        steps_per_epoch = len(pixels) // config.batch_size or 1
         optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, config.learning_rate, total_steps=config.epochs * steps_per_epoch
         )
         for epoch in trange(config.epochs, desc="feature net", unit="epoch"):
-            order = draws.permutation(config.seed, epoch, len(signal))
+            order = draws.permutation(config.seed, epoch, len(pixels))
             rng = draws.generator(config.seed, "augment", epoch)
             for step in range(steps_per_epoch):
-                rows = torch.from_numpy(order[step * config.batch_size : (step + 1) * config.batch_size])
-                images = augment(signal[rows], rng, max_shift=config.max_shift, noise=config.noise)
+                rows = order[step * config.batch_size : (step + 1) * config.batch_size]
+                images = augment(to_signal(pixels[rows]), rng, max_shift=config.max_shift, noise=config.noise)
                 loss = F.cross_entropy(net(images), labels[rows], label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()
@@ -68,19 +68,17 @@ def train_net(config: ReferenceConfig, signal: Tensor, labels: Tensor, num_class
 def build_reference(config: ReferenceConfig, *, dataset: Path, out: Path) -> dict[str, Any]:
     """Make the extractor and the feature sets `train` and `val` of the real images; return its held-out accuracy."""
     with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
-        splits = {split: ImageFolder(dataset, split) for split in ("train", "val")}
-        shape = {"size": config.image_size, "channels": config.channels}
-        rows = {split: images.spread(config.num_images) for split, images in splits.items()}
-        labels = {split: torch.from_numpy(images.labels[rows[split]]) for split, images in splits.items()}
-        pixels = {split: list(images.blocks(**shape, rows=rows[split])) for split, images in splits.items()}
-        signal = to_signal(np.concatenate(pixels["train"]))
-        num_classes = len(splits["train"].classes)
-        net = train_net(config, signal, labels["train"], num_classes)
+        train, val = (ImageFolder(dataset, split) for split in ("train", "val"))
+        rows, size, channels = train.spread(config.num_images), config.image_size, config.channels
+        blocks = list(train.blocks(size=size, channels=channels, rows=rows))
+        num_classes = len(train.classes)
+        labels = {"train": torch.from_numpy(train.labels[rows]), "val": torch.from_numpy(val.labels)}
+        net = train_net(config, np.concatenate(blocks), labels["train"], num_classes)
         save_file(net.state_dict(), folder.path / EXTRACTOR_FILE)
         extractor = Extractor(net, artifact.sha256_file(folder.path / EXTRACTOR_FILE))
         accuracy = {}
-        for split, blocks in pixels.items():
-            found = extractor(blocks)
+        for split, images in (("train", blocks), ("val", val.blocks(size=size, channels=channels))):
+            found = extractor(images)
             found.save(folder.path / f"{split}.safetensors")
             hits = found.logits.argmax(dim=1) == labels[split]
             accuracy[split] = hits.double().mean().item()

@@ -33,7 +33,8 @@ __all__ = ["TrainConfig", "fit"]
 log = logging.getLogger(__name__)
 
 SCHEMA = "train/2"
-STOPPED = 143  # exit status after SIGTERM, as a shell reports it
+STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPPED = 143  # exit status after either, which a shell reports for SIGTERM
 
 
 def train_step(state: TrainState, draw: TrainingDraws) -> tuple[Tensor, Tensor]:
@@ -90,8 +91,8 @@ def fit(config: TrainConfig, *, latents: Path, out: Path, state: Path) -> Row:
     """Train to `config.steps`; `out` gets `step-N/` checkpoints, curve and ledger. Returns the curve's last row.
 
     Work in progress lies under `state`, keyed by config and latents: a run that was killed goes on from there, and its
-    results equal those of an undisturbed run to the bit (on a CPU). SIGTERM ends the step, saves, and exits with status
-    143. Finished work stays there, as hard links, until the next training under `state` begins or
+    results equal those of an undisturbed run to the bit (on a CPU). SIGTERM or Ctrl-C ends the step, saves, and exits
+    with status 143. Finished work stays there, as hard links, until the next training under `state` begins or
     `artifact.forget_finished` is called: nobody has recorded `out` yet. The first process alone reads and writes there.
     """
     accelerator = accelerator_for(config.precision)
@@ -102,7 +103,7 @@ def fit(config: TrainConfig, *, latents: Path, out: Path, state: Path) -> Row:
     key = f"{config.digest[:16]}-{shards.digest[:16]}"
     about = {"latents": shards.digest, "steps": config.steps, "seed": config.seed}
     work = Work(state / key / "out", state / key / "resume", about)
-    with artifact.locked(work.out) if processes.first else nullcontext(), heeding_sigterm() as notice:
+    with artifact.locked(work.out) if processes.first else nullcontext(), heeding_stops() as notice:
         if processes.first:
             artifact.forget_finished(state, but=key)
         training = TrainState(config, accelerator)
@@ -119,17 +120,18 @@ def fit(config: TrainConfig, *, latents: Path, out: Path, state: Path) -> Row:
 
 
 @contextmanager
-def heeding_sigterm() -> Iterator[threading.Event]:
-    """SIGTERM, e.g. notice that a spot instance will be taken away, sets the event and ends nothing by itself."""
+def heeding_stops() -> Iterator[threading.Event]:
+    """SIGTERM (a spot instance will be taken away) or Ctrl-C sets the event, and ends nothing by itself."""
     notice = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # others can't receive signals
         yield notice
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: notice.set())
+    before = {number: signal.signal(number, lambda *_: notice.set()) for number in STOPS}
     try:
         yield notice
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def go_on(training: TrainState, record: Record, processes: Processes, work: Work) -> None:
@@ -202,9 +204,7 @@ def run(
             # began a step, NCCL would give up on the first after 10 minutes.
             processes.wait()
             if stopping and training.step < config.steps:
-                log.info(
-                    f"train: stopped by SIGTERM after step {training.step}, which was saved; run it again to go on"
-                )
+                log.info(f"train: stopped after step {training.step}, which was saved; run it again to go on")
                 raise SystemExit(STOPPED)
             speed.start(training.step * batch)
 

@@ -30,8 +30,8 @@ ADVICE = re.compile(
     rb"\s*$|(Updating|Generating) lock file |To (track|enable) .*, run:|\tgit add |\tdvc config |Use `dvc push`"
 )
 RETRY_PAUSES = (1.0, 2.0, 4.0)  # seconds
-GRACE = 20.0  # seconds that an interrupted stage has to end
-INTERRUPTS = 5  # in that time
+GRACE = 100.0  # seconds that an interrupted stage has to end: a training saves
+INTERRUPTS = 25  # in that time
 LAST_WORDS = 5.0  # seconds that dvc's last output may take to arrive
 COPIES = Path(".dvc", "tmp", "dod")  # copies of dvc.lock
 

@@ -73,23 +73,28 @@ def run(job: Job) -> int:
 
 
 def wait_for(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command and return its exit status. SIGTERM is handed on to it, and it ends in its own time."""
+    """Run a command and return its exit status. SIGTERM or Ctrl-C is handed on to it, and it ends in its own time.
+
+    It hears of it once, in a process group of its own: torchrun kills its workers when it is told again.
+    """
     handed_on = False
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         nonlocal handed_on
-        handed_on = True
-        process.send_signal(number)
+        if not handed_on:
+            handed_on = True
+            process.send_signal(signal.SIGTERM)
 
-    with subprocess.Popen(command, env=environment) as process:
-        before = signal.signal(signal.SIGTERM, hand_on)
+    with subprocess.Popen(command, env=environment, process_group=0) as process:
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             code = process.wait()
         except BaseException:
             process.kill()
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return STOPPED if handed_on and code != 0 else code
 
 

@@ -137,23 +137,27 @@ def test_swiglu_s_halves_are_initialized_as_separate_layers():
 
 @torch.no_grad()
 def test_one_wide_layer_is_the_layers_of_fitv2_side_by_side():
-    """Its parts are SiLU -> Linear each, with Xavier's bounds of their own; a scale comes out as 1 + scale."""
+    """Its parts are SiLU -> Linear each; the blocks' begin with Xavier's bounds of their own, the others at zero."""
     module = blocks.Modulation(16, rank=4, depth=3)
     module.reset_parameters()
     condition = normal(2, 5, 16).float()
     shared, final, *low_rank = module(condition).split(module.parts, dim=-1)
-    gains = [(shared, 16), (shared, 64), (final, 16)]
-    assert all((part[..., a : a + 16] == 1).all() for part, a in gains)
-    assert shared.sum() == 2 * 5 * 32 and final.sum() == 2 * 5 * 16
+    assert not shared.any() and not final.any()
     silu = condition / (1 + torch.exp(-condition))
     for part, weight in zip(low_rank, module.weight[96 + 32 :].split(4), strict=True):
         assert math.sqrt(6 / (16 + 140)) < weight.abs().max() <= math.sqrt(6 / (16 + 4))
         torch.testing.assert_close(part, silu @ weight.T)
 
 
+def test_modulation_keeps_the_digits_of_a_small_scale_in_bf16():
+    x, scale = normal(2, 8, 64).float(), (normal(2, 8, 64, seed=1) / 100).bfloat16()
+    found = blocks.modulate(x, torch.zeros_like(scale), scale)
+    torch.testing.assert_close(found.double(), x.double() * (1 + scale.double()), rtol=1e-6, atol=1e-6)
+
+
 @torch.no_grad()
 def test_gates_multiply_the_branches():
-    """Modulation (shift, gain, gate) x 2: with both gates zero a block is the identity, whatever the rest says."""
+    """Modulation (shift, scale, gate) x 2: with both gates zero a block is the identity, whatever the rest says."""
     block = blocks.BackboneBlock(16, 2, rank=4, hidden=32).double()
     angle = blocks.rope_angles(3, 8).double()
     x, low_rank = normal(2, 9, 16), normal(2, 1, 4, seed=1)
@@ -164,8 +168,8 @@ def test_gates_multiply_the_branches():
     shared[..., 80:96] = 0
     assert torch.equal(block(x, shared, low_rank, angle.cos(), angle.sin()), x)
     shared[..., 80:96] = 1
-    shift, gain = shared[..., 48:64], shared[..., 64:80]
-    branch = block.mlp(block.norm_mlp(x) * gain + shift)
+    shift, scale = shared[..., 48:64], shared[..., 64:80]
+    branch = block.mlp(block.norm_mlp(x) * (1 + scale) + shift)
     torch.testing.assert_close(block(x, shared, low_rank, angle.cos(), angle.sin()), x + branch)
 
 

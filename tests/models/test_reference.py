@@ -19,17 +19,18 @@ def test_stored_features_are_those_of_the_real_images_under_the_stored_net(pipel
         assert torch.equal(extractor([images]).logits, stored.logits)
 
 
-def test_a_share_of_the_images_is_spread_over_all_classes(pipeline, tmp_path):
+def test_a_share_of_the_training_images_is_spread_over_all_classes(pipeline, tmp_path):
     config = ReferenceConfig(image_size=tiny.SIZE, channels=1, epochs=1, num_images=9)
     facts = build_reference(config, dataset=pipeline.dataset, out=tmp_path / "reference")
-    rows = [0, 10, 20, 30, 40, 50, 60, 70, 80]  # of 90, 30 in each class
+    rows = {"train": [0, 10, 20, 30, 40, 50, 60, 70, 80], "val": list(range(90))}  # of 90, 30 in each class
     for split in ("train", "val"):
         folder = ImageFolder(pipeline.dataset, split)
-        images = np.stack([folder.read(i, size=tiny.SIZE, channels=1) for i in rows])
+        images = np.stack([folder.read(i, size=tiny.SIZE, channels=1) for i in rows[split]])
         stored = FeatureSet.load(tmp_path / "reference", f"{split}.safetensors", schema=SCHEMA)
-        assert torch.equal(Extractor.load(tmp_path / "reference")([images]).features, stored.features)
-        assert folder.labels[rows].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    hits = stored.logits.argmax(dim=1) == torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+        found = Extractor.load(tmp_path / "reference")([images]).features
+        torch.testing.assert_close(found, stored.features, rtol=0, atol=1e-5)  # other blocks, other last bits
+    assert folder.labels[rows["train"]].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    hits = stored.logits.argmax(dim=1) == torch.arange(3).repeat_interleave(30)
     assert facts["accuracy"] == pytest.approx(hits.double().mean().item())
 
 
@@ -56,9 +57,9 @@ def test_the_net_learns_its_classes(pipeline):
 
 
 def test_training_is_repeatable_and_its_seed_counts():
-    rng = torch.Generator().manual_seed(0)
-    signal, labels = torch.randn(20, 1, 16, 16, generator=rng), torch.arange(20) % 3
-    nets = [train_net(ReferenceConfig(epochs=2, batch_size=10, seed=seed), signal, labels, 3) for seed in (0, 0, 1)]
+    pixels = np.random.default_rng(0).integers(256, size=(20, 16, 16, 1), dtype=np.uint8)
+    labels = torch.arange(20) % 3
+    nets = [train_net(ReferenceConfig(epochs=2, batch_size=10, seed=seed), pixels, labels, 3) for seed in (0, 0, 1)]
     weights = [net.classify.weight for net in nets]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,36 @@ def test_stopped_at_any_moment_it_ends_in_one_line_and_the_next_run_goes_on(
         assert command.text.splitlines()[-1] == STOPPED and "Traceback" not in command.text, command.text
         assert_all_end(own.root, DEATH)
     assert_recovers(own, built)
+
+
+def steps_are_made(command: Command) -> bool:
+    """Whether its training has told of some."""
+    return "train: step " in command.text
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("stop", "processes"),
+    [pytest.param(interrupt, "1", id="Ctrl-C"), pytest.param(terminate, "2", id="SIGTERM, two processes")],
+)
+def test_a_training_that_is_stopped_saves_the_step_it_is_in(
+    own: Project, home: Path, stop: Callable[[Command], None], processes: str
+):
+    values = own.params() | {"checkpoints": {}, "sweeps": {}}
+    values["experiments"]["tiny"]["train"] |= dict.fromkeys(("steps", "save_every", "state_every"), 100_000)
+    own.write_params(values)
+    environment = {"DOD_PROCESSES": processes, "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": ""}
+    saved = 0
+    for _ in range(2):
+        command = Command(own, "dod", "run", "tiny", "--until", "train", **environment)
+        assert wait_for(partial(steps_are_made, command), LONGEST), command.text
+        assert (f"train: going on from step {saved}" in command.text) == (saved > 0)
+        stop(command)
+        assert command.end(60) == 130, command.text
+        states = sorted(own.root.glob(".state/train/tiny/*/resume/step-*"))
+        before, saved = saved, int(states[-1].name.removeprefix("step-"))
+        assert before < saved < 100_000
+        assert_all_end(own.root, DEATH)
 
 
 @pytest.mark.timeout(600)
