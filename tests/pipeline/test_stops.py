@@ -70,8 +70,9 @@ def steps_are_made(command: Command) -> bool:
 def test_a_training_that_is_stopped_saves_the_step_it_is_in(
     own: Project, home: Path, stop: Callable[[Command], None], processes: str
 ):
-    values = own.params() | {"checkpoints": {}, "sweeps": {}}
+    values = own.params() | {"sweeps": {}}
     values["experiments"]["tiny"]["train"] |= dict.fromkeys(("steps", "save_every", "state_every"), 100_000)
+    values["checkpoints"]["tiny-6"]["step"] = 100_000
     own.write_params(values)
     environment = {"DOD_PROCESSES": processes, "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": ""}
     saved = 0
