@@ -277,8 +277,8 @@ def main() -> None:
     show(rows)
     for name in MODELS:
         print(f"peak memory of a training step, {name}: {peak_mib(name):.0f} MiB")
-    shown = [row._asdict() for row in sorted(rows, key=lambda row: WORKS.index(row.work)) if row.work in WORKS]
-    artifact.write_json(LATEST, shown)
+    found = {row.work: row._asdict() for row in rows}
+    artifact.write_json(LATEST, [found[work] for work in WORKS])
     print(f"wrote {LATEST}")
 
 

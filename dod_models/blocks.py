@@ -64,7 +64,7 @@ def rope_angles(side: int, head_dim: int, theta: float = 10000.0) -> Float[Tenso
     return torch.cat([rows, columns], dim=2).reshape(side * side, head_dim // 2)
 
 
-def rotate(x: Float[Tensor, "... T hd"], cos: Float[Tensor, "T half"], sin: Float[Tensor, "T half"]) -> Tensor:
+def rotate(x: Float[Tensor, "... hd"], cos: Float[Tensor, "... half"], sin: Float[Tensor, "... half"]) -> Tensor:
     """Turn each interleaved pair (x0, x1) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
@@ -81,9 +81,10 @@ class RopeAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tokens, cos: Float[Tensor, "T half"], sin: Float[Tensor, "T half"]) -> Tokens:
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.norm_qk(qkv[:2]), cos, sin)
-        mixed: Tensor = self.out(F.scaled_dot_product_attention(q, k, qkv[2]).transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # B T 3 heads hd
+        q, k = rotate(self.norm_qk(qkv[:, :, :2]), cos[:, None, None], sin[:, None, None]).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, qkv[:, :, 2]))
+        mixed: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return mixed
 
 
@@ -153,7 +154,8 @@ class BackboneBlock(nn.Module):
         sin: Float[Tensor, "T half"],
     ) -> Tokens:
         """`shared` and `low_rank` are this block's parts of `Modulation`."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (shared + self.lora_up(low_rank)).chunk(6, dim=-1)
+        modulation = self.lora_up(low_rank.contiguous()).add_(shared)  # a slice would cost the bias a pass of its own
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         x = torch.addcmul(x, gate_a, self.attention(modulate(self.norm_attention(x), shift_a, scale_a), cos, sin))
         x = torch.addcmul(x, gate_m, self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m)))
         return x

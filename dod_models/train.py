@@ -191,7 +191,8 @@ def run(
     with closing(draws_ahead(draw, range(training.step, config.steps))) as ahead, bar:
         speed.start(training.step * batch)
         for drawn in ahead:
-            record.add(drawn, *train_step(training, drawn))
+            with naming_the_remedy():
+                record.add(drawn, *train_step(training, drawn))
             bar.update(batch)
             row_is_due, stopping = training.step % config.log_every == 0, processes.any(stop())
             if not (row_is_due or stopping):
@@ -207,6 +208,18 @@ def run(
                 log.info(f"train: stopped after step {training.step}, which was saved; run it again to go on")
                 raise SystemExit(STOPPED)
             speed.start(training.step * batch)
+
+
+@contextmanager
+def naming_the_remedy() -> Iterator[None]:
+    """ValueError that says what to set where a GPU's memory doesn't do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"train: {str(error).splitlines()[0]} Set experiments.KEY.compute in params.yaml: a smaller micro_batch, "
+            "checkpointing: true, or sharding: fsdp for several GPUs"
+        ) from None
 
 
 def tell(row: Row, speed: Speed, bar: "tqdm[Any]") -> None:

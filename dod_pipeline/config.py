@@ -44,6 +44,16 @@ class Experiment(Frozen):
     stage2: Settings
     evaluation: Settings
 
+    @model_validator(mode="after")
+    def check_averages(self) -> Self:
+        """The weights to be sampled from are held in training, as far as both are given here."""
+        held = self.train.get("ema_decays")
+        for place in ("sampling", "stage1", "stage2"):
+            wanted = getattr(self, place).get("ema_decay")
+            if held and isinstance(wanted, float) and wanted not in held:
+                raise ValueError(f"{place}.ema_decay: {wanted} is not one of train.ema_decays: {held}")
+        return self
+
     @field_validator("train")
     @classmethod
     def check_compute(cls, train: Settings) -> Settings:

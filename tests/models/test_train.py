@@ -260,6 +260,15 @@ def test_a_diverging_training_is_an_error_that_names_step_and_remedy(pipeline, t
     assert states(tmp_path) == []  # nothing to resume from
 
 
+def test_too_little_memory_is_an_error_that_names_the_settings(pipeline, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(ValueError, match=r"train: CUDA out of memory. Tried to allocate 2.00 GiB. Set .*micro_batch"):
+        run(pipeline, tmp_path)
+
+
 def changed(**model):
     return TrainConfig.model_validate({**tiny.TRAIN, "model": {**tiny.MODEL, **model}})
 

@@ -232,3 +232,8 @@ def test_compute_reaches_training_and_changes_no_digest(values: dict[str, Any]):
 def test_compute_within_train_is_refused(values: dict[str, Any]):
     values["experiments"]["tiny"]["train"] = {**values["experiments"]["tiny"]["train"], "compute": {}}
     assert "params.yaml: experiments.tiny.train: compute stands beside train, not in it" in complaint(values)
+
+
+def test_weights_to_sample_from_are_held_in_training(values: dict[str, Any]):
+    values["experiments"]["tiny"]["stage2"]["ema_decay"] = 0.5
+    assert "stage2.ema_decay: 0.5 is not one of train.ema_decays: [0.9]" in complaint(values)
