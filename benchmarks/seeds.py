@@ -63,4 +63,4 @@ if __name__ == "__main__":
     clone()
     experiments = write_params()
     os.chdir(CLONE)
-    os.execv(ROOT / ".venv/bin/dod", ["dod", "run", *experiments, "--until", "sweeps"])
+    os.execv(ROOT / ".venv/bin/dod", ["dod", "run", *experiments])

@@ -12,9 +12,8 @@ from tqdm import trange
 from dod_models import artifact, draws, stable_diffusion
 from dod_models.codec import BATCH, RECONSTRUCTIONS, SCHEMA, Codec, batch_size
 from dod_models.config import Frozen
-from dod_models.evaluate import psnr, score
-from dod_models.features import SCHEMA as REFERENCE_SCHEMA
-from dod_models.features import Extractor, FeatureSet
+from dod_models.evaluate import psnr
+from dod_models.evaluator import Evaluator
 from dod_models.images import ImageFolder
 from dod_models.pixels import to_signal
 
@@ -120,8 +119,8 @@ def build_codec(config: CodecConfig, *, dataset: Path, reference: Path, out: Pat
                 quality.extend(psnr(rebuilt, originals))
                 yield rebuilt
 
-        found = Extractor.load(reference)(reconstructions())
+        evaluator = Evaluator.load(reference)
+        found = evaluator.features(reconstructions())
         found.save(folder.path / RECONSTRUCTIONS)
         folder.about = {"scale": codec.scale, "factor": codec.factor, "image_size": config.image_size, **origin}
-    real = FeatureSet.load(reference, "train.safetensors", schema=REFERENCE_SCHEMA)
-    return {"psnr": float(np.mean(quality)), "scale": codec.scale, **score(found.mixed(), real)}
+    return {"psnr": float(np.mean(quality)), "scale": codec.scale, **evaluator.score(found.mixed())}

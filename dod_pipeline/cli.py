@@ -22,9 +22,7 @@ def parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="make everything that an experiment needs, and print its results")
     run.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
-    run.add_argument(
-        "--until", default="report", metavar="STAGE", help="last stage (default: report; sweeps is further)"
-    )
+    run.add_argument("--until", default="report", metavar="STAGE", help="last stage (default: report)")
     run.set_defaults(action=do_run)
 
     stage = commands.add_parser(

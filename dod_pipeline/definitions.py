@@ -87,7 +87,7 @@ def run_tags() -> dict[str, str]:
 
 
 def everything(pipeline: Pipeline, params: Params, experiment: str) -> dg.AssetSelection:
-    """All assets of an experiment but its sweeps."""
+    """All assets of an experiment."""
     names = [dvc_repo.address(*pair) for pair in stages.instances(params, experiment, stages.LAST)]
     return dg.AssetSelection.assets(*(pipeline.keys[name] for name in names))
 

@@ -60,7 +60,7 @@ def sampler_name(sampling: dict[str, Any]) -> str:
 
 def samplings(job: Job) -> dict[str, tuple[int, dict[str, Any], str]]:
     """For each row of a finished job that is a stage's: the stage, its settings, and the digest of its config."""
-    from dod_models.score import SweepConfig
+    from dod_models.sweeps import SweepConfig
 
     if isinstance(job.config, SweepConfig):
         return {n: (stage, c.model_dump(mode="json"), c.digest) for n, (stage, c) in job.config.variants().items()}

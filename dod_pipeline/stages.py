@@ -12,8 +12,8 @@ from dod_pipeline.config import Params, Settings
 BY_DATASET = ("dataset", "reference", "codec", "latents")
 BY_EXPERIMENT = ("train", "report")
 BY_CHECKPOINT = ("stage1", "stage2", "metrics", "sweeps")
-ORDER = (*BY_DATASET, "train", "stage1", "stage2", "metrics", "report", "sweeps")
-LAST = "report"  # of what `dod run` makes unless told otherwise
+ORDER = (*BY_DATASET, "train", "stage1", "stage2", "metrics", "sweeps", "report")
+LAST = ORDER[-1]
 
 
 class Job(NamedTuple):
@@ -93,8 +93,9 @@ def paths(params: Params, stage: str, key: str) -> tuple[dict[str, Path], Path, 
         "previous": samples / "stage1",
     }
     inputs = {name: known[name] for name in COMPUTATIONS[stage].inputs}
-    if stage in ("metrics", "sweeps"):
-        return inputs, Path(stage, item.experiment, f"{key}.json"), None
+    if stage in ("metrics", "sweeps"):  # beside each other: a report needs all of its experiment's
+        name = f"{key}.json" if stage == "metrics" else f"{key}.sweep.json"
+        return inputs, Path("metrics", item.experiment, name), None
     return inputs, samples / stage, Path("facts", stage, f"{key}.json")
 
 

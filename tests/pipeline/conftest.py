@@ -44,7 +44,7 @@ def images(base: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def built(base: Path, images: Path) -> Project:
-    """The tiny project after `dod run tiny`, `dod run tiny --until sweeps`, a commit and a push; only to be copied."""
+    """The tiny project after `dod run tiny` twice, a commit and a push; only to be copied."""
     root, log = base / "built" / "project", base / "built" / "log.txt"
     root.parent.mkdir(exist_ok=True)
     with (base / "built.lock").open("w") as lock:
@@ -52,7 +52,7 @@ def built(base: Path, images: Path) -> Project:
         if not log.exists():
             project = tiny.create(root, tiny.params(images))
             printed = project.dod("run", "tiny").stdout
-            project.dod("run", "tiny", "--until", "sweeps")
+            project.dod("run", "tiny")
             project.commit("results")
             project.dvc("push")
             log.write_text(printed)

@@ -47,7 +47,7 @@ SAMPLING = {"num_samples": SAMPLES, "solver": "euler", "num_steps": 2, "channels
 CHECKPOINT = {"experiment": "tiny", "data": "tiny", "step": 6}
 STAGES = (
     *("dataset@tiny", "reference@tiny", "codec@tiny", "latents@tiny", "train@tiny"),
-    *("stage1@tiny-6", "stage2@tiny-6", "metrics@tiny-6", "report@tiny"),
+    *("stage1@tiny-6", "stage2@tiny-6", "metrics@tiny-6", "sweeps@tiny-6", "report@tiny"),
 )
 
 

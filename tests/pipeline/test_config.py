@@ -189,7 +189,7 @@ def test_an_unknown_experiment_stage_or_key_lists_what_there_is(values: dict[str
     with pytest.raises(ValueError, match=r"experiment 'tony' is not in params.yaml; it has tiny"):
         stages.instances(loaded, "tony", "metrics")
     with pytest.raises(
-        ValueError, match=r"--until 'metric' is unknown; choose one of dataset, .*metrics, report, sweeps"
+        ValueError, match=r"--until 'metric' is unknown; choose one of dataset, .*metrics, sweeps, report"
     ):
         stages.instances(loaded, "tiny", "metric")
     with pytest.raises(ValueError, match="stage 'trian' is unknown; choose one of dataset"):
@@ -202,10 +202,10 @@ def test_an_experiment_s_stages_are_its_own_and_in_order(values: dict[str, Any])
     values["experiments"]["other"] = values["experiments"]["tiny"]
     values["checkpoints"]["other-2"] = {"experiment": "other", "data": "tiny", "step": 2}
     values["checkpoints"]["tiny-2"] = {"experiment": "tiny", "data": "tiny", "step": 2}
-    found = stages.instances(Params.parse(values, place="params.yaml"), "tiny", "sweeps")
+    found = stages.instances(Params.parse(values, place="params.yaml"), "tiny", "report")
     shared = [(stage, "tiny") for stage in ("dataset", "reference", "codec", "latents", "train")]
     own = [(stage, key) for stage in ("stage1", "stage2", "metrics") for key in ("tiny-2", "tiny-6")]
-    assert found == [*shared, *own, ("report", "tiny"), ("sweeps", "tiny-6")]
+    assert found == [*shared, *own, ("sweeps", "tiny-6"), ("report", "tiny")]
 
 
 @pytest.mark.parametrize("place", ["datasets", "experiments", "checkpoints"])

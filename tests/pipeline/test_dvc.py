@@ -33,7 +33,7 @@ def test_metrics_show_has_the_scores(shared: Project):
     found = json.loads(shared.dvc("metrics", "show", "--json").stdout)[""]["data"]
     scores = json.loads((shared.root / "metrics" / "tiny" / "tiny-6.json").read_text())
     assert found["metrics/tiny/tiny-6.json"]["data"] == scores
-    assert {"facts/train/tiny.json", "facts/codec/tiny.json", "sweeps/tiny/tiny-6.json"} <= set(found)
+    assert {"facts/train/tiny.json", "facts/codec/tiny.json", "metrics/tiny/tiny-6.sweep.json"} <= set(found)
 
 
 def test_plots_show_has_the_training_curve(shared: Project, tmp_path: Path):

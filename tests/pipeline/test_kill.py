@@ -38,7 +38,7 @@ MIDDLE = {
     "stage1": "/.stage1.partial/grid.png",
     "stage2": "/.stage2.partial/grid.png",
     "metrics": "/.tiny-6.json.partial",
-    "sweeps": "/.tiny-6.json.partial",
+    "sweeps": "/.tiny-6.sweep.json.partial",
 }
 
 
