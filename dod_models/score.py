@@ -12,8 +12,8 @@ from dod_models.config import Frozen
 from dod_models.evaluator import Evaluator
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
 from dod_models.features import FeatureSet
-from dod_models.sample import Samples
 from dod_models.sample import SCHEMA as SAMPLES_SCHEMA
+from dod_models.sample import Samples
 
 
 class ScoreConfig(Frozen):
