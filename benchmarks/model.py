@@ -30,6 +30,7 @@ from dod_models import artifact, data
 from dod_models.ema import Ema
 from dod_models.flow import flow_loss
 from dod_models.model import DoD, ModelConfig
+from dod_models.packed import packed_weights
 from dod_models.sample import GuidedVelocity, SampleConfig
 
 BATCH, KEEP = 4, [0, 2]  # p_s = 0.5: half of the batch keeps its prior
@@ -163,6 +164,17 @@ def step_rows(model: DoD, batch: Batch, repeats: int) -> Iterator[Row]:
     yield paired("stage2_vs_fitv2", ours, two, arithmetic=0.88, repeats=repeats)
 
 
+def unpacked_row(model: DoD, batch: Batch, repeats: int) -> Row:
+    """What packed weights are worth to a step of stage 1."""
+    plain = quiet(lambda: model.velocity(batch.x, batch.t, batch.labels))
+
+    def packed() -> None:
+        with packed_weights(model):
+            plain()
+
+    return paired("packed_vs_plain", packed, plain, arithmetic=None, repeats=repeats)
+
+
 def euler(start: Tensor, velocity: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
     """States after each of `STEPS` steps."""
     x = start
@@ -277,8 +289,10 @@ def main() -> None:
         return
     model, batch = filled(MODELS["DoD-B"]()), Batch.make()
     assert isinstance(model, DoD)
-    rows = [loader_row(given.repeats), *step_rows(model, batch, given.repeats)]
-    rows += [*training_rows(model, batch, given.repeats), sampling_row(model, batch)]
+    rows = [loader_row(given.repeats)]
+    with packed_weights(model):  # as sampling has them
+        rows += [*step_rows(model, batch, given.repeats), sampling_row(model, batch)]
+    rows += [unpacked_row(model, batch, given.repeats), *training_rows(model, batch, given.repeats)]
     show(rows)
     for name in MODELS:
         print(f"peak memory of a training step, {name}: {peak_mib(name):.0f} MiB")

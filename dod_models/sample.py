@@ -23,6 +23,7 @@ from dod_models.codec import Codec, device
 from dod_models.config import Frozen
 from dod_models.flow import Latent, Velocity
 from dod_models.model import DoD, Labels
+from dod_models.packed import packed_weights
 
 SCHEMA = "samples/2"
 SAMPLES_FILE = "samples.safetensors"
@@ -156,15 +157,17 @@ def sample_stage(
     Returns the latents, and the stage's evaluations of the network per sample (dopri5: the mean over micro-batches).
     """
     device, parts, conditional, null = model.no_sample.device, [], 0, 0
-    for rows, wanted in tqdm(list(micro_batches(len(labels), config.batch_size)), desc=f"stage {stage}", unit="batch"):
-        inside = torch.tensor([min(i, len(labels) - 1) for i in rows])
-        noise = draws.noise_for(config.seed, f"stage{stage}", list(rows), model.config.latent_shape).to(device)
-        prior = None if previous is None else model.embed_sample(previous[inside].to(device))
-        velocity = GuidedVelocity(model, labels[inside].to(device), prior, config)
-        end = integrate(velocity, noise, config)
-        parts.append(end[:wanted].cpu())
-        conditional += velocity.conditional_calls * wanted
-        null += velocity.null_calls * wanted
+    batches = tqdm(list(micro_batches(len(labels), config.batch_size)), desc=f"stage {stage}", unit="batch")
+    with packed_weights(model):
+        for rows, wanted in batches:
+            inside = torch.tensor([min(i, len(labels) - 1) for i in rows])
+            noise = draws.noise_for(config.seed, f"stage{stage}", list(rows), model.config.latent_shape).to(device)
+            prior = None if previous is None else model.embed_sample(previous[inside].to(device))
+            velocity = GuidedVelocity(model, labels[inside].to(device), prior, config)
+            end = integrate(velocity, noise, config)
+            parts.append(end[:wanted].cpu())
+            conditional += velocity.conditional_calls * wanted
+            null += velocity.null_calls * wanted
     latents = torch.cat(parts)
     if not bool(latents.isfinite().all()):
         raise FloatingPointError(
