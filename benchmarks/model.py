@@ -157,22 +157,12 @@ def step_rows(model: DoD, batch: Batch, repeats: int) -> Iterator[Row]:
     fitv2, args = filled(MODELS["FiTv2-B/15"]()), (batch.x, batch.t, batch.labels)
     one, two = quiet(lambda: fitv2(*args)), quiet(lambda: (fitv2(*args), fitv2(*args)))
     ours = quiet(lambda: model.velocity(*args))
-    yield paired("stage1_vs_fitv2", ours, one, arithmetic=0.80, repeats=2 * repeats)
-    with torch.no_grad():
+    yield paired("stage1_unpacked", ours, one, arithmetic=0.80, repeats=repeats)
+    with packed_weights(model), torch.no_grad():  # as sampling has them
+        yield paired("stage1_vs_fitv2", ours, one, arithmetic=0.80, repeats=2 * repeats)
         guided = GuidedVelocity(model, batch.labels, model.embed_sample(batch.x), SampleConfig(guidance=SCALE))
-    ours = quiet(lambda: guided(batch.x, batch.t))
-    yield paired("stage2_vs_fitv2", ours, two, arithmetic=0.88, repeats=repeats)
-
-
-def unpacked_row(model: DoD, batch: Batch, repeats: int) -> Row:
-    """What packed weights are worth to a step of stage 1."""
-    plain = quiet(lambda: model.velocity(batch.x, batch.t, batch.labels))
-
-    def packed() -> None:
-        with packed_weights(model):
-            plain()
-
-    return paired("packed_vs_plain", packed, plain, arithmetic=None, repeats=repeats)
+        ours = quiet(lambda: guided(batch.x, batch.t))
+        yield paired("stage2_vs_fitv2", ours, two, arithmetic=0.88, repeats=repeats)
 
 
 def euler(start: Tensor, velocity: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
@@ -206,12 +196,13 @@ def sampling_row(model: DoD, batch: Batch) -> Row:
     other = peers.NaiveDoD(model.config)
     other.load_state_dict(model.state_dict())
     ours, naive, spent = two_stages(model, batch), two_naive_stages(other, batch), [0.0, 0.0]
-    for _ in tqdm(range(2 * STEPS), desc="sample_vs_naive", unit="step"):
-        ends = []
-        for place, steps in enumerate((ours, naive)):
-            begun = time.perf_counter()
-            ends.append(next(steps))
-            spent[place] += time.perf_counter() - begun
+    with packed_weights(model):
+        for _ in tqdm(range(2 * STEPS), desc="sample_vs_naive", unit="step"):
+            ends = []
+            for place, steps in enumerate((ours, naive)):
+                begun = time.perf_counter()
+                ends.append(next(steps))
+                spent[place] += time.perf_counter() - begun
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-3)
     return Row("sample_vs_naive", spent[0], spent[1], spent[0] / spent[1], 0.55)
 
@@ -289,10 +280,8 @@ def main() -> None:
         return
     model, batch = filled(MODELS["DoD-B"]()), Batch.make()
     assert isinstance(model, DoD)
-    rows = [loader_row(given.repeats)]
-    with packed_weights(model):  # as sampling has them
-        rows += [*step_rows(model, batch, given.repeats), sampling_row(model, batch)]
-    rows += [unpacked_row(model, batch, given.repeats), *training_rows(model, batch, given.repeats)]
+    rows = [loader_row(given.repeats), *step_rows(model, batch, given.repeats)]
+    rows += [*training_rows(model, batch, given.repeats), sampling_row(model, batch)]
     show(rows)
     for name in MODELS:
         print(f"peak memory of a training step, {name}: {peak_mib(name):.0f} MiB")
