@@ -134,10 +134,7 @@ def page(subject: Subject) -> str:
         train=subject.job("train", subject.key).config.model_dump(mode="json"),
         params=described["params"],
         gflops=described["gflops"],
-        per_sample={
-            name: {kind: per_sample(subject, name, counts) for kind, counts in described["gflops"].items()}
-            for name in subject.scores
-        },
+        per_sample={name: per_sample(subject, name, described) for name in subject.scores},
         settings=settings(subject),
         costs=spent,
         seconds=sum(found.seconds for *_, found in spent if found),
@@ -205,19 +202,12 @@ def model(subject: Subject) -> dict[str, Any]:
     return cost.describe(ModelConfig.parse(config, place=f"params.yaml: train of {subject.key}"))
 
 
-def per_sample(subject: Subject, checkpoint: str, gflops: Mapping[str, float]) -> dict[str, float]:
-    """GFLOPs of a sample after stage 1, and after stage 2 with all before it, in the convention of `gflops`.
-
-    A guided evaluation is one pass with the condition and one without: the latter costs as much as the former only
-    where it keeps the prior. The LEM sees each sample of stage 1 once.
-    """
-    spent = subject.scores[checkpoint]["stage1"]["evaluations"]
-    about = subject.manifest("stage2", checkpoint)["about"]
-    conditional = about["stage_evaluations"] - about["null_evaluations"]
-    null_pass = gflops["stage2" if about["sampling"]["null_branch"] == "label" else "stage1"]
-    first = spent * gflops["stage1"]
-    second = conditional * gflops["stage2"] + about["null_evaluations"] * null_pass
-    return {"stage1": first, "stage2": first + gflops["lem"] + second}
+def per_sample(subject: Subject, checkpoint: str, described: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """GFLOPs of a sample in either convention, after stage 1, and after stage 2 with all before it."""
+    names = ("stage1", "stage2")
+    spent = [cost.Spent.stated(subject.manifest(name, checkpoint)["about"]) for name in names]
+    found = dict(zip(names, cost.per_sample(described, spent), strict=True))
+    return {kind: {name: row[f"gflops_{kind}"] for name, row in found.items()} for kind in described["gflops"]}
 
 
 def leaves(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
