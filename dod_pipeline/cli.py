@@ -226,9 +226,9 @@ def plot_history(path: Path, filters: dict[str, str]) -> int:
     if not found:
         raise ValueError("no such record; `dod history` lists what there is, `dod run EXPERIMENT` makes some")
     series, floors = history.over_steps(found)
-    from dod_pipeline import plots  # late: what can't be plotted needs no matplotlib
+    from dod_pipeline import canvas, plots  # late: what can't be plotted needs no matplotlib
 
-    picture = plots.png(plots.over_steps(series, floors, metric=filters["metric"], title=history.setting(found)))
+    picture = canvas.png(plots.over_steps(series, floors, metric=filters["metric"], title=history.setting(found)))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(picture)
     print(f"wrote {path}")

@@ -143,12 +143,13 @@ class Params(Frozen):
         return dict(sorted(found.items(), key=lambda item: item[1].step))
 
     def only(self, experiment: str) -> "Params":
-        """The part that concerns one experiment: its data set and its checkpoints, without sweeps and `compute`."""
+        """The part that concerns one experiment: its data set, its checkpoints and their sweeps, without `compute`."""
         found = self.experiments[experiment].model_copy(update={"compute": {}})
         return Params(
             datasets={found.data: self.datasets[found.data]},
             experiments={experiment: found},
             checkpoints=self.checkpoints_of(experiment),
+            sweeps={name: sweep for name, sweep in self.sweeps.items() if sweep.experiment == experiment},
         )
 
 

@@ -122,7 +122,7 @@ def query(
     stage: str | None = None,
     metric: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Records that match, oldest first, as plain dictionaries; with `metric`, only that one of their numbers."""
+    """Records that match, oldest first, as plain dictionaries; with `metric`, only that number and its error."""
     if not any(root.glob("*/*.json")):
         return []
     import duckdb
@@ -139,7 +139,9 @@ def query(
     known = sorted({name for row in found for name in row["metrics"]})
     if metric not in known:
         raise ValueError(f"--metric {metric!r}: no such record has it; they have {', '.join(known)}")
-    return [row | {"metrics": {metric: row["metrics"][metric]}} for row in found if metric in row["metrics"]]
+    kept = (metric, f"{metric}_error")
+    some = [row for row in found if metric in row["metrics"]]
+    return [row | {"metrics": {name: row["metrics"][name] for name in kept if name in row["metrics"]}} for row in some]
 
 
 SETTING = ("extractor", "reference", "num_samples")  # where these differ, numbers must not be compared
@@ -174,26 +176,29 @@ def check_comparable(found: list[dict[str, Any]]) -> None:
     raise ValueError(f"these {len(found)} records must not be compared: {what}; {remedy}")
 
 
-def over_steps(found: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
-    """Records of one metric -> points (step, value) of each series, and floors, for `plots.over_steps`.
+Points = list[tuple[float, float, float | None]]  # step, value, and its standard error where the record has one
+
+
+def over_steps(found: list[dict[str, Any]]) -> tuple[dict[str, Points], dict[str, float]]:
+    """Records of one metric and its error -> points of each series, and floors, for `plots.over_steps`.
 
     A series is a stage under one setting: experiment, guidance, sampler and seed are named where they differ. Of equal
     ones at a step the newest counts; so does the newest floor of an experiment.
     """
     check_comparable(found)
-    series: dict[str, dict[int, float]] = {}
+    series: dict[str, dict[int, tuple[float, float | None]]] = {}
     floors: dict[str, float] = {}
     for row in found:  # oldest first
         alike = [other for other in found if other["stage"] == row["stage"]]
         fields = [name for name in ("experiment", "guidance", "sampler", "seed") if len({o[name] for o in alike}) > 1]
         if not isinstance(row["stage"], int) and len({tuple(other["metrics"].values()) for other in alike}) == 1:
             fields = []  # the same floor under all of them
-        (value,) = row["metrics"].values()
+        value, *error = (row["metrics"][name] for name in sorted(row["metrics"]))  # `fid` comes before `fid_error`
         told = "".join(f", {row[n]}" if n in ("experiment", "sampler") else f", {n} {row[n]}" for n in fields)
         if isinstance(row["stage"], int):
-            series.setdefault(f"stage {row['stage']}{told}", {})[row["step"]] = value
+            series.setdefault(f"stage {row['stage']}{told}", {})[row["step"]] = (value, error[0] if error else None)
         else:
             floors[{"floor": "held-out"}.get(row["stage"], row["stage"]) + told] = value
     if not series:
         raise ValueError("only floors match, which have no step; leave --stage out")
-    return {name: sorted(points.items()) for name, points in series.items()}, floors
+    return {name: [(step, *points[step]) for step in sorted(points)] for name, points in series.items()}, floors
