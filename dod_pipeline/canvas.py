@@ -75,7 +75,8 @@ FLOOR_COLOR = "#555555"
 def looks(names: Sequence[str]) -> dict[str, Look]:
     """A look for each series: the first of a stage, whatever follows the stage's name, has the stage's own."""
     others, own = map(Look, cycle(OTHER_COLORS), cycle(OTHER_MARKERS)), dict(STAGE_LOOKS)
-    return {name: own.pop(name.split(",")[0], None) or next(others) for name in names}
+    stages = {name: name.split(",")[0] for name in names}
+    return {name: own.pop(stage) if stage in own else next(others) for name, stage in stages.items()}
 
 
 def stage_look(name: str) -> Look:
