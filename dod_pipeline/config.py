@@ -72,9 +72,10 @@ class Checkpoint(Frozen):
 
 
 class Sweep(Checkpoint):
-    """Variants of the checkpoint's sampling to be scored."""
+    """Variants of the checkpoint's sampling to be scored, and whether, or how, a linear layer probes its LEM."""
 
     rows: list[Settings]
+    probe: bool | Settings = False
 
 
 def identifier(key: str) -> str:
