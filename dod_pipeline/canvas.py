@@ -64,6 +64,7 @@ class Look(NamedTuple):
 
 # Orange is much lighter than the blue: stage 1 and stage 2 can be told apart in grey.
 STAGE_LOOKS = {"stage 1": Look("#c06f00", "o"), "stage 2": Look("#00508c", "s"), "stage 3": Look("#00805e", "^")}
+GUIDED = {"stage 1": "D", "stage 2": "v", "stage 3": "P"}  # their markers under guidance, where some have none
 OTHER_COLORS = ("#b0508a", "#3a8fc4", "#8c2d04", "#444444")
 OTHER_MARKERS = ("D", "v", "P", "X", "<", ">")
 GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "<": "◀", ">": "▶"}  # of the markers
@@ -83,7 +84,7 @@ def stage_look(name: str) -> Look:
     """The look of a variant of a stage, e.g. `stage 1, guided`: the stage's colour, and if guided another marker."""
     stage, _, variant = name.partition(", ")
     look = STAGE_LOOKS[stage]
-    return look._replace(marker="D") if variant == "guided" else look
+    return look._replace(marker=GUIDED[stage]) if variant == "guided" else look
 
 
 def floor_look(name: str) -> tuple[str, str]:
