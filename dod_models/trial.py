@@ -40,7 +40,8 @@ def build_trial(config: TrialConfig, *, checkpoint: Path, reference: Path, codec
     Writes them with the settings, and the digests of what they were measured on. Samples are not kept.
     """
     measured = {
-        name: artifact.sha256_file(path / artifact.MANIFEST) for name, path in (("reference", reference), ("codec", codec))
+        name: artifact.sha256_file(path / artifact.MANIFEST)
+        for name, path in (("reference", reference), ("codec", codec))
     }
     evaluator, decoder = Evaluator.load(reference), Codec.load(codec)
     labels = previous = None
@@ -58,4 +59,3 @@ def build_trial(config: TrialConfig, *, checkpoint: Path, reference: Path, codec
     trial = {"config": config.model_dump(mode="json"), "weights": weights, **measured, "scores": scores}
     artifact.write_json(out, trial)
     return trial
-

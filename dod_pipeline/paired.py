@@ -73,9 +73,7 @@ def rule(differences: Sequence[float], *, tolerance: float, level: float) -> tup
     return ruling, lower, upper
 
 
-def looks(
-    candidate: Fid, incumbent: Fid, *, calibrated: float, min_blocks: int, max_blocks: int
-) -> Iterator[Look]:
+def looks(candidate: Fid, incumbent: Fid, *, calibrated: float, min_blocks: int, max_blocks: int) -> Iterator[Look]:
     """Draw blocks 0, 1, ..., and look after each one from `min_blocks` on, until it is decided or `max_blocks` are
     drawn: the last look holds the verdict.
 

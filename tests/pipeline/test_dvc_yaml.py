@@ -164,7 +164,9 @@ def test_a_stage_lists_exactly_the_settings_that_configure_it(stage: str, key: s
 
 def test_no_stage_tracks_what_changes_no_result():
     for instance in INSTANCES.values():
-        assert not [name for name in instance["params"] if re.fullmatch(r"experiments(\.[^.]+(\.(compute|gate).*)?)?", name)]
+        assert not [
+            name for name in instance["params"] if re.fullmatch(r"experiments(\.[^.]+(\.(compute|gate).*)?)?", name)
+        ]
 
 
 def test_dvc_expands_the_stages_as_this_file_does(built: Project):
