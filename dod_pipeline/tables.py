@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,12 +129,17 @@ def history(records: list[dict[str, Any]]) -> None:
 
 
 def history_csv(records: list[dict[str, Any]]) -> str:
-    """Records as CSV, a column for each field, each metric and each part of the extractor."""
+    """Records as CSV: a column for each field, each metric and each part of what has parts; lists as JSON."""
     flat = []
     for record in records:
-        row = {name: value for name, value in record.items() if name not in ("metrics", "extractor")}
-        row |= {f"extractor_{name}": value for name, value in record["extractor"].items()}
-        flat.append(row | record["metrics"])
+        row: dict[str, Any] = {}
+        for name, value in record.items():
+            if isinstance(value, dict):
+                inner = {part if name == "metrics" else f"{name}_{part}": of for part, of in value.items()}
+            else:
+                inner = {name: value}
+            row |= {column: json.dumps(v) if isinstance(v, list) else v for column, v in inner.items()}
+        flat.append(row)
     text = io.StringIO()
     columns = list(dict.fromkeys(name for row in flat for name in row))
     writer = csv.DictWriter(text, columns, lineterminator="\n")
