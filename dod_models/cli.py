@@ -58,6 +58,7 @@ STAGES = {
         "build_sweeps",
         ("checkpoint", "reference", "codec", "dataset", "latents", "stage1", "stage2", "state"),
     ),
+    "trial": Stage("trial", "TrialConfig", "build_trial", ("checkpoint", "reference", "codec")),
     "generate": Stage("generate", "GenerateConfig", "generate", ("checkpoint", "codec")),
     "fitv2": Stage("fitv2", "Fitv2Config", "convert", ("weights",)),
 }
