@@ -19,7 +19,7 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo ui demo-seeds bench-model bench-evaluate test test-slow soak lint lock clean
+.PHONY: help setup demo ui demo-seeds bench-model bench-evaluate bench-gate test test-slow soak lint lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -33,13 +33,16 @@ ui: setup ## Dagster's pages at http://127.0.0.1:3000 (another port: PORT=3001)
 	$(run) .venv/bin/dagster dev --host 127.0.0.1 --port $(PORT)
 
 demo-seeds: setup ## the demo under three seeds, with guidance sweeps
-	$(run) .venv/bin/python benchmarks/seeds.py
+	$(run) .venv/bin/python -m benchmarks.seeds
 
 bench-model: setup ## DoD-B's training and sampling steps and its loader against naive ones and peers: 15 minutes
 	$(run) .venv/bin/python -m benchmarks.model
 
 bench-evaluate: setup ## the metrics' errors on closed forms, their time and memory beside torch-fidelity's: 15 minutes
 	$(run) .venv/bin/python -m benchmarks.evaluate
+
+bench-gate: setup ## the gate's tolerance, false alarms and power on the demo, trained under six seeds: about an hour
+	$(run) .venv/bin/python -m benchmarks.gate
 
 test: setup ## the tests that need no accelerator, with the coverage gate
 	$(run) .venv/bin/python -m pytest -n 2 -m "not slow and not gpu" --benchmark-disable --cov

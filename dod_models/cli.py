@@ -52,7 +52,13 @@ STAGES = {
     "stage1": Stage("sample", "SampleConfig", "build_stage", ("checkpoint", "codec")),
     "stage2": Stage("sample", "SampleConfig", "build_stage", ("checkpoint", "previous", "codec")),
     "metrics": Stage("score", "ScoreConfig", "build_metrics", ("reference", "codec", "stage1", "stage2")),
-    "sweeps": Stage("sweeps", "SweepConfig", "build_sweeps", ("checkpoint", "reference", "codec", "stage1")),
+    "sweeps": Stage(
+        "sweeps",
+        "SweepConfig",
+        "build_sweeps",
+        ("checkpoint", "reference", "codec", "dataset", "latents", "stage1", "stage2", "state"),
+    ),
+    "trial": Stage("trial", "TrialConfig", "build_trial", ("checkpoint", "reference", "codec")),
     "generate": Stage("generate", "GenerateConfig", "generate", ("checkpoint", "codec")),
     "fitv2": Stage("fitv2", "Fitv2Config", "convert", ("weights",)),
 }

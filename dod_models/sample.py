@@ -150,16 +150,17 @@ def micro_batches(total: int, size: int) -> Iterator[tuple[range, int]]:
 
 @torch.inference_mode()
 def sample_stage(
-    model: DoD, config: SampleConfig, *, stage: int, labels: Labels, previous: Latent | None
+    model: DoD, config: SampleConfig, *, stage: int, labels: Labels, previous: Latent | None, title: str | None = None
 ) -> tuple[Latent, Evaluations]:
     """Run one stage for every label; from stage 2 on `previous` holds the latents of the stage before.
 
     Returns the latents, and the stage's evaluations of the network per sample (dopri5: the mean over micro-batches).
+    `title` stands before the progress bar, by default the stage.
     """
     device, parts, conditional, null = model.no_sample.device, [], 0, 0
-    batches = tqdm(list(micro_batches(len(labels), config.batch_size)), desc=f"stage {stage}", unit="batch")
+    batches = list(micro_batches(len(labels), config.batch_size))
     with packed_weights(model):
-        for rows, wanted in batches:
+        for rows, wanted in tqdm(batches, desc=title or f"stage {stage}", unit="batch"):
             inside = torch.tensor([min(i, len(labels) - 1) for i in rows])
             noise = draws.noise_for(config.seed, f"stage{stage}", list(rows), model.config.latent_shape).to(device)
             prior = None if previous is None else model.embed_sample(previous[inside].to(device))

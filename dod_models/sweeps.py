@@ -1,74 +1,217 @@
-"""Stage `sweeps`: scores of variants of a checkpoint's sampling, for checkpoints that ask for it."""
+"""Stage `sweeps`: scores of variants of a checkpoint's sampling, its reconstructions, and a linear probe of its LEM.
 
+For checkpoints that ask for it. A row is the unit of work: a killed sweep goes on with those that lack.
+"""
+
+import hashlib
+import logging
+import shutil
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt, field_validator, model_validator
 
-from dod_models import artifact
+from dod_models import artifact, cost, probe
 from dod_models.checkpoint import load_checkpoint
 from dod_models.codec import Codec, device
 from dod_models.config import Frozen
+from dod_models.cost import Spent
+from dod_models.data import LatentShards
 from dod_models.evaluator import Evaluator
-from dod_models.sample import ALWAYS, SampleConfig, Samples, sample_stage
+from dod_models.model import DoD
+from dod_models.probe import ProbeConfig
+from dod_models.reconstruct import Originals, Reconstruction
+from dod_models.sample import ALWAYS, Evaluations, SampleConfig, Samples, sample_stage
 from dod_models.sample import SCHEMA as SAMPLES_SCHEMA
+
+log = logging.getLogger(__name__)
+
+RECONSTRUCTION = "reconstruction"
+PROBE = "probe"
 
 
 class SweepRow(Frozen):
-    """One variant of a stage's sampling; what is not given is as in the experiment."""
+    """One variant of a stage's sampling, or one for each scale of guidance; the rest is as in the experiment.
 
-    stage: Literal[1, 2]
-    guidance: float
+    Stage 3, and reconstruction, which takes real images for the samples of stage 1, sample as stage 2 does.
+    """
+
+    stage: Literal[1, 2, 3, "reconstruction"]
+    guidance: float | tuple[float, ...]
     num_steps: PositiveInt | None = None
     null_branch: str | None = None
     guidance_interval: tuple[float, float] | None = None
 
+    @property
+    def kind(self) -> str:
+        """What the table calls it."""
+        return self.stage if isinstance(self.stage, str) else f"stage{self.stage}"
+
+    def variants(self, base: SampleConfig) -> list[SampleConfig]:
+        """The full settings, once for each scale of guidance."""
+        given = self.model_dump(exclude_none=True, exclude={"stage", "guidance"})
+        scales = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,)
+        return [SampleConfig.model_validate(base.model_dump() | given | {"guidance": scale}) for scale in scales]
+
+
+class Variant(NamedTuple):
+    """How a row of the table is sampled: as which stage, and with what settings."""
+
+    stage: int
+    sampling: SampleConfig
+
 
 class SweepConfig(Frozen):
-    """Variants of stage 1 and stage 2; stage 2 starts from the experiment's own stage 1."""
+    """Variants of the stages; each starts from the experiment's own samples of the stage before."""
 
     num_samples: PositiveInt
     stage1: SampleConfig
     stage2: SampleConfig
     rows: tuple[SweepRow, ...]
+    probe: ProbeConfig | None = None  # true: with its defaults
+
+    @field_validator("probe", mode="before")
+    @classmethod
+    def check_probe(cls, given: Any) -> Any:
+        """True and false stand for its defaults and for none."""
+        return ({} if given else None) if isinstance(given, bool) else given
 
     @model_validator(mode="after")
     def check_rows(self) -> "SweepConfig":
         """Every row must be a valid way to sample, before the first is sampled."""
-        self.variants()
+        for name, (stage, sampling) in self.variants().items():
+            if stage == 1 and sampling.guidance != 1 and sampling.null_branch == "prior":
+                raise ValueError(f"{name}: there is no prior to drop in stage 1; use null_branch both, or guidance 1")
         return self
 
-    def variants(self) -> dict[str, tuple[int, SampleConfig]]:
-        """Name of each row -> its stage and full settings."""
-        found: dict[str, tuple[int, SampleConfig]] = {}
+    def variants(self) -> dict[str, Variant]:
+        """Name of each row of the table but the probe's -> how it is sampled."""
+        found: dict[str, Variant] = {}
         for row in self.rows:
-            base = self.stage1 if row.stage == 1 else self.stage2
-            given = row.model_dump(exclude_none=True, exclude={"stage"})
-            variant = SampleConfig.model_validate(base.model_dump() | given)
-            name = f"stage{row.stage} guidance={variant.guidance:g} {variant.solver}"
-            name += f" steps={variant.num_steps}" if variant.solver == "euler" else ""
-            name += f" null={variant.null_branch}" if variant.guidance != 1 else ""
-            low, high = variant.guidance_interval
-            name += f" t={low:g}-{high:g}" if variant.guidance != 1 and (low, high) != ALWAYS else ""
-            found[name] = (row.stage, variant)
+            for sampling in row.variants(self.stage1 if row.stage == 1 else self.stage2):
+                name = f"{row.kind} guidance={sampling.guidance:g} {sampling.solver}"
+                name += f" steps={sampling.num_steps}" if sampling.solver == "euler" else ""
+                name += f" null={sampling.null_branch}" if sampling.guidance != 1 else ""
+                low, high = sampling.guidance_interval
+                name += f" t={low:g}-{high:g}" if sampling.guidance != 1 and (low, high) != ALWAYS else ""
+                found[name] = Variant(row.stage if isinstance(row.stage, int) else 2, sampling)
         return found
 
 
+class Sweep:
+    """What the rows are made with; each thing is loaded when a row first asks for it."""
+
+    def __init__(self, config: SweepConfig, inputs: dict[str, Path], work: Path) -> None:
+        self.config, self.inputs, self.work = config, inputs, work
+        self.models: dict[float, DoD] = {}
+
+    def model(self, decay: float) -> DoD:
+        """The weights averaged at `decay`."""
+        if decay not in self.models:
+            self.models[decay] = load_checkpoint(self.inputs["checkpoint"], decay=decay)[0].to(device())
+        return self.models[decay]
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        return Evaluator.load(self.inputs["reference"])
+
+    @cached_property
+    def codec(self) -> Codec:
+        return Codec.load(self.inputs["codec"])
+
+    @cached_property
+    def gflops(self) -> dict[str, Any]:
+        """What an evaluation of the network costs."""
+        return cost.describe(self.model(self.config.stage1.ema_decay).config)
+
+    @cached_property
+    def reconstruction(self) -> Reconstruction:
+        count = self.config.num_samples
+        return Reconstruction(Originals(self.inputs["dataset"], self.inputs["codec"], count=count), self.evaluator)
+
+    def price(self, variant: Variant, own: Evaluations, before: list[Spent]) -> dict[str, float]:
+        """Evaluations of the network and GFLOPs of a sample, with those of the stages `before` this one."""
+        spent = [*before, Spent(own.conditional, own.null, variant.sampling.null_branch)]
+        gflops = cost.per_sample(self.gflops, spent, first=variant.stage - len(before))[-1]
+        return {"evaluations": sum(s.conditional + s.null for s in spent), **gflops}
+
+    def generate(self, variant: Variant, *, title: str) -> dict[str, Any]:
+        """The numbers of a stage."""
+        stage, sampling = variant
+        earlier = [self.inputs[f"stage{number}"] for number in range(1, stage)]
+        before = [Spent.stated(artifact.read_manifest(folder, schema=SAMPLES_SCHEMA)["about"]) for folder in earlier]
+        labels, previous = Samples.load(self.inputs["stage1"]).labels, None
+        if earlier:
+            previous, labels = Samples.load(earlier[-1])
+        model = self.model(sampling.ema_decay)
+        latents, own = sample_stage(model, sampling, stage=stage, labels=labels, previous=previous, title=title)
+        found = self.evaluator.decoded(self.codec, latents, self.config.num_samples, name="sweeps")
+        numbers = {**self.evaluator.score(found), "num_samples": len(found.features)}
+        return numbers | self.price(variant, own, before)
+
+    def reconstruct(self, variant: Variant, *, title: str) -> dict[str, Any]:
+        """The numbers of a reconstruction; what it would take to come by a prior is not counted."""
+        model = self.model(variant.sampling.ema_decay)
+        latents, own = self.reconstruction.sample(model, variant.sampling, title=title)
+        numbers = self.reconstruction.compare(latents, title=f"{title}, images")
+        return {**numbers, "num_samples": len(latents), **self.price(variant, own, [])}
+
+    def probe(self, config: ProbeConfig, *, title: str) -> dict[str, Any]:
+        """The probe's numbers; the features lie below `work` meanwhile."""
+        model, shards = self.model(self.config.stage2.ema_decay), LatentShards(self.inputs["latents"])
+        held_out = Originals(self.inputs["dataset"], self.inputs["codec"])
+        sources = {"train": (probe.means(shards), shards.labels), "test": (held_out.encoded(), held_out.labels)}
+        train, test = (
+            probe.extract(
+                model.lem, latents, labels=labels.numpy(), path=self.work / f"{split}.npy", title=f"{title}, {split}"
+            )
+            for split, (latents, labels) in sources.items()
+        )
+        found = probe.top1(config, train, test, num_classes=shards.num_classes, title=title)
+        return {"top1": found, "num_train": len(train.labels), "num_test": len(test.labels)}
+
+    def row(self, name: str, *, title: str) -> dict[str, Any]:
+        """A row of the table."""
+        if name == PROBE:
+            assert self.config.probe is not None
+            return {"kind": PROBE, **self.probe(self.config.probe, title=title)}
+        variant, kind = self.config.variants()[name], name.split()[0]
+        make = self.reconstruct if kind == RECONSTRUCTION else self.generate
+        return {"kind": kind, "guidance": variant.sampling.guidance, **make(variant, title=title)}
+
+
 def build_sweeps(
-    config: SweepConfig, *, checkpoint: Path, reference: Path, codec: Path, stage1: Path, out: Path
+    config: SweepConfig,
+    *,
+    checkpoint: Path,
+    reference: Path,
+    codec: Path,
+    dataset: Path,
+    latents: Path,
+    stage1: Path,
+    stage2: Path,
+    state: Path,
+    out: Path,
 ) -> dict[str, Any]:
-    """Scores of every row of the sweep, with the network evaluations per sample that it takes, stage 1's included."""
-    evaluator, decoder = Evaluator.load(reference), Codec.load(codec)
-    before = Samples.load(stage1)
-    spent = artifact.read_manifest(stage1, schema=SAMPLES_SCHEMA)["about"]["evaluations"]
-    model, _ = load_checkpoint(checkpoint, decay=config.stage1.ema_decay)
-    model.to(device())
-    table = {}
-    for name, (stage, variant) in config.variants().items():
-        previous = None if stage == 1 else before.latents
-        latents, own = sample_stage(model, variant, stage=stage, labels=before.labels, previous=previous)
-        found = evaluator.decoded(decoder, latents, config.num_samples, name="sweeps")
-        total = own.total + (spent if stage > 1 else 0)
-        table[name] = {**evaluator.score(found), "num_samples": len(found.features), "evaluations": total}
-    artifact.write_json(out, table)
+    """The table: for each row its numbers, their kind, and what a sample of it takes, earlier stages included.
+
+    Rows that are done lie under `state`, keyed by config and inputs, until the table stands at `out`.
+    """
+    inputs = {"checkpoint": checkpoint, "reference": reference, "codec": codec, "dataset": dataset}
+    inputs |= {"latents": latents, "stage1": stage1, "stage2": stage2}
+    digests = [artifact.sha256_file(folder / artifact.MANIFEST) for folder in inputs.values()]
+    work = state / hashlib.sha256("/".join([config.digest, *digests]).encode()).hexdigest()[:32]
+    names = [*config.variants(), *([] if config.probe is None else [PROBE])]
+    with artifact.locked(work):
+        sweep, table = Sweep(config, inputs, work), {}
+        for number, name in enumerate(names, 1):
+            note = work / f"row-{number:03d}.json"
+            if not note.exists():
+                title = f"row {number} of {len(names)}: {name}"
+                log.info(f"sweeps: {title}")
+                artifact.write_json(note, sweep.row(name, title=title))
+            table[name] = artifact.read_json(note)
+        artifact.write_json(out, table)
+    shutil.rmtree(state)
     return table

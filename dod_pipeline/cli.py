@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dod_pipeline import cli_evaluate
+
 if TYPE_CHECKING:
     from dod_pipeline.config import Params
 
@@ -43,14 +45,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true")
     models.set_defaults(action=do_models)
 
-    history = commands.add_parser("history", help="every evaluation that was made")
-    for name in ("experiment", "checkpoint", "stage", "metric"):
-        history.add_argument(f"--{name}")
-    history.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw the metric (default: fid) over steps by stage"
-    )
-    history.add_argument("--format", choices=("table", "json", "csv"), default="table")
-    history.set_defaults(action=do_history)
+    cli_evaluate.add(commands)
 
     generate = commands.add_parser("generate", help="a picture of chosen classes through all stages")
     generate.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -194,44 +189,6 @@ def do_models(given: argparse.Namespace) -> int:
         print(json.dumps(found))
     else:
         tables.models(found)
-    return 0
-
-
-def do_history(given: argparse.Namespace) -> int:
-    """Print the records that match."""
-    from dod_pipeline import history, tables
-
-    filters = {name: getattr(given, name) for name in ("experiment", "checkpoint", "stage", "metric")}
-    if given.plot is not None:
-        return plot_history(given.plot, filters | {"metric": given.metric or "fid"})
-    found = history.query(**filters)
-    if given.format == "json":
-        print(json.dumps(found, indent=1))
-    elif given.format == "csv":
-        print(tables.history_csv(found), end="")
-    elif found:
-        tables.history(found)
-    else:
-        print("no such record; `dod run EXPERIMENT` makes some")
-    return 0
-
-
-def plot_history(path: Path, filters: dict[str, str]) -> int:
-    """Draw the records that match into a PNG file."""
-    from dod_pipeline import history, ledger
-
-    if path.suffix != ".png":
-        raise ValueError(f"--plot {path}: the picture is a PNG; name it FILE.png")
-    found = history.query(ledger.HISTORY, **filters)
-    if not found:
-        raise ValueError("no such record; `dod history` lists what there is, `dod run EXPERIMENT` makes some")
-    series, floors = history.over_steps(found)
-    from dod_pipeline import plots  # late: what can't be plotted needs no matplotlib
-
-    picture = plots.png(plots.over_steps(series, floors, metric=filters["metric"], title=history.setting(found)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture)
-    print(f"wrote {path}")
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, StringConstraints, field_validator, model_validator
 
 from dod_models.config import Frozen
 
@@ -30,10 +30,27 @@ class DataSet(Frozen):
     latents: Settings
 
 
+class Gate(Frozen):
+    """How `dod gate` and `dod calibrate` compare checkpoints, in blocks of samples that each have a seed."""
+
+    num_samples: PositiveInt | None = None  # of a block; None: as many as the evaluation's
+    min_blocks: int = Field(3, ge=3)
+    max_blocks: PositiveInt = 8
+    tolerance: NonNegativeFloat | None = None  # FID; None: what the newest fitting calibration gave
+
+    @model_validator(mode="after")
+    def check_blocks(self) -> Self:
+        """There is a first look, and then a last one."""
+        if self.max_blocks < self.min_blocks:
+            raise ValueError(f"max_blocks: {self.max_blocks} is below min_blocks: {self.min_blocks}; raise it")
+        return self
+
+
 class Experiment(Frozen):
     """Settings of training, of sampling (of every stage, then what stage 1 and the later ones change), of scoring.
 
-    `compute` lays training out over the hardware. No result depends on it, so DVC isn't told of it.
+    `compute` lays training out over the hardware, and `gate` compares what was made. No stage's result depends on
+    either, so DVC isn't told of them.
     """
 
     data: Key
@@ -43,6 +60,7 @@ class Experiment(Frozen):
     stage1: Settings
     stage2: Settings
     evaluation: Settings
+    gate: Gate = Gate()
 
     @model_validator(mode="after")
     def check_averages(self) -> Self:
@@ -72,9 +90,10 @@ class Checkpoint(Frozen):
 
 
 class Sweep(Checkpoint):
-    """Variants of the checkpoint's sampling to be scored."""
+    """Variants of the checkpoint's sampling to be scored, and whether, or how, a linear layer probes its LEM."""
 
     rows: list[Settings]
+    probe: bool | Settings = False
 
 
 def identifier(key: str) -> str:
@@ -143,12 +162,13 @@ class Params(Frozen):
         return dict(sorted(found.items(), key=lambda item: item[1].step))
 
     def only(self, experiment: str) -> "Params":
-        """The part that concerns one experiment: its data set and its checkpoints, without sweeps and `compute`."""
-        found = self.experiments[experiment].model_copy(update={"compute": {}})
+        """The part that concerns one experiment: its data, checkpoints and sweeps, without `compute` and `gate`."""
+        found = self.experiments[experiment].model_copy(update={"compute": {}, "gate": Gate()})
         return Params(
             datasets={found.data: self.datasets[found.data]},
             experiments={experiment: found},
             checkpoints=self.checkpoints_of(experiment),
+            sweeps={name: sweep for name, sweep in self.sweeps.items() if sweep.experiment == experiment},
         )
 
 

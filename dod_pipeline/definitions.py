@@ -61,9 +61,9 @@ def pictures(stage: str, key: str, out: Path) -> dict[str, Any]:
     """The samples' grid, or the training's curve, as Markdown with the picture in it."""
     if stage == "train":
         from dod_models import artifact
-        from dod_pipeline import plots
+        from dod_pipeline import canvas, plots
 
-        curve = plots.png(plots.loss_curve(artifact.read_json(Path("curves", f"{key}.json"))))
+        curve = canvas.png(plots.loss_curve(artifact.read_json(Path("curves", f"{key}.json"))))
         return {"loss curve": markdown(curve)}
     grid = out / "grid.png"
     return {"grid": markdown(grid.read_bytes())} if grid.is_file() else {}

@@ -1,17 +1,24 @@
-"""Append-only history: one immutable JSON record per evaluation, read with DuckDB."""
+"""Append-only history: one immutable JSON record per evaluation, read with DuckDB.
+
+Scores lie in `history/EXPERIMENT/`; verdicts and calibrations of the gate, which are no scores, in folders of their
+own (`FOLDERS`), and `history/costs/` holds what stages took.
+"""
 
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from dod_models import artifact
 from dod_models.config import Frozen
+from dod_pipeline import costs, stages
 from dod_pipeline.config import Params
 from dod_pipeline.ledger import HISTORY, current_commit, write_once
 from dod_pipeline.stages import Job
+
+FOLDERS = {"score": ".", "verdict": "verdicts", "calibration": "calibrations"}  # below the history, by kind of record
 
 
 class Named(BaseModel):
@@ -24,26 +31,40 @@ class Named(BaseModel):
 
 
 class Record(Frozen):
-    """The scores of one set of images, and everything they depend on. None: does not apply to a floor."""
+    """The scores of one set of images, and everything they depend on. None: does not apply, or was not recorded."""
 
+    kind: Literal["score"] = "score"
     id: str
     time: datetime
     experiment: str
     checkpoint: str
     step: PositiveInt
-    stage: PositiveInt | Literal["floor", "codec"]
+    stage: PositiveInt | Literal["floor", "codec", "reconstruction", "probe"]
     metrics: dict[str, float]
-    num_samples: PositiveInt
-    seed: NonNegativeInt | None
+    num_samples: PositiveInt  # of a probe: the images that it is tested on
+    num_train: PositiveInt | None = None  # images that a probe is fitted on
+    seed: NonNegativeInt | None  # of sampling
+    train_seed: NonNegativeInt | None = None
     guidance: NonNegativeFloat | None
     sampler: str | None
-    evaluations: float | None  # of the network, per sample, earlier stages included
-    extractor: Named
-    reference: str  # sha256 of the reference's manifest
+    num_steps: PositiveInt | None = None  # of Euler; dopri5 chooses its own
+    evaluations: float | None  # of the network, per sample, earlier stages included; so are the next five
+    gflops_paper: float | None = None  # per sample
+    gflops_true: float | None = None
+    seconds: NonNegativeFloat | None = None  # that the sampling stages took, loading and pictures too
+    images_per_second: NonNegativeFloat | None = None
+    device: str | None = None  # on which they took so long
+    extractor: Named | None  # None for a probe, which has none
+    reference: str  # sha256 of the reference's manifest; of the data set's, where originals are what is compared with
     config: str  # sha256 of the stage's config
+    previous: str | None = None  # the same of the stage before, from whose samples this one starts
     weights: str | None  # sha256 of the averaged weights; of the codec's manifest for its floor
     data: str  # sha256 of the data set's manifest
     commit: str | None  # of the code; "-dirty" where files were changed
+
+
+FIELDS = {"num_samples", "evaluations", "gflops_paper", "gflops_true", "num_train"}  # of a row: not metrics
+ABOUT = {"kind", "guidance", "num_test"}  # of a row: said by the record's other fields
 
 
 def sampler_name(sampling: dict[str, Any]) -> str:
@@ -58,17 +79,61 @@ def sampler_name(sampling: dict[str, Any]) -> str:
     return name if (low, high) == (0, 1) else f"{name} t={low:g}-{high:g}"
 
 
-def samplings(job: Job) -> dict[str, tuple[int, dict[str, Any], str]]:
-    """For each row of a finished job that is a stage's: the stage, its settings, and the digest of its config."""
+class Sampled(NamedTuple):
+    """How the samples of a row came about."""
+
+    stage: int
+    sampling: dict[str, Any]
+    config: str
+    previous: str | None  # config of the stage before
+
+
+def samplings(job: Job) -> dict[str, Sampled]:
+    """Those rows of a finished job that are samples of a checkpoint."""
     from dod_models.sweeps import SweepConfig
 
     if isinstance(job.config, SweepConfig):
-        return {n: (stage, c.model_dump(mode="json"), c.digest) for n, (stage, c) in job.config.variants().items()}
-    found = {}
+        before = {1: None, 2: job.config.stage1.digest}  # later ones start from stage 2
+        return {
+            name: Sampled(stage, c.model_dump(mode="json"), c.digest, before.get(stage, job.config.stage2.digest))
+            for name, (stage, c) in job.config.variants().items()
+        }
+    found: dict[str, Sampled] = {}
+    previous = None
     for name in ("stage1", "stage2"):
         manifest = artifact.read_json(job.inputs[name] / artifact.MANIFEST)
-        found[name] = (manifest["about"]["stage"], manifest["about"]["sampling"], manifest["config"])
+        about = manifest["about"]
+        found[name] = Sampled(about["stage"], about["sampling"], manifest["config"], previous)
+        previous = manifest["config"]
     return found
+
+
+def spent(params: Params, job: Job, name: str) -> dict[str, Any]:
+    """Seconds, images per second and device of a row's sampling, from what its stages took under their present
+    settings; nothing where one of them is unknown, as in a sweep, whose rows are not timed one by one."""
+    if job.stage != "metrics" or name not in ("stage1", "stage2"):
+        return {}
+    sampled = [stages.resolve(params, stage, job.key) for stage in ("stage1", "stage2")[: int(name[-1])]]
+    found = [cost for one in sampled if (cost := costs.newest(one)) is not None]
+    seconds = sum(cost.seconds for cost in found)
+    if len(found) < len(sampled) or seconds == 0:
+        return {}
+    devices = {f"{cost.processes} x {cost.device}" if cost.processes > 1 else cost.device for cost in found}
+    rate = sampled[-1].config.model_dump()["num_samples"] / seconds
+    return {"seconds": round(seconds, 3), "images_per_second": round(rate, 3), "device": ", ".join(sorted(devices))}
+
+
+def measured_with(job: Job, kind: str) -> dict[str, Any]:
+    """Extractor, reference and data of a row: what makes numbers comparable."""
+    about = artifact.read_json(job.inputs["reference"] / artifact.MANIFEST)["about"]
+    against_originals = kind in ("reconstruction", "probe")
+    return {
+        "extractor": None if kind == "probe" else about["extractor"],
+        "reference": about["dataset"]
+        if against_originals
+        else artifact.sha256_file(job.inputs["reference"] / artifact.MANIFEST),
+        "data": about["dataset"],
+    }
 
 
 def records(params: Params, job: Job) -> list[Record]:
@@ -76,37 +141,50 @@ def records(params: Params, job: Job) -> list[Record]:
     from dod_models.checkpoint import weights_file
 
     item = params.checkpoints[job.key]
-    now = datetime.now(UTC)
-    reference = artifact.read_json(job.inputs["reference"] / artifact.MANIFEST)["about"]
-    files = artifact.read_json(Path("train", item.experiment, f"step-{item.step}", artifact.MANIFEST))["files"]
-    codec = artifact.sha256_file(job.inputs["codec"] / artifact.MANIFEST)
-    stages, found = samplings(job), []
+    now, commit = datetime.now(UTC), current_commit()
+    checkpoint = artifact.read_json(Path("train", item.experiment, f"step-{item.step}", artifact.MANIFEST))
+    known, found = samplings(job), []
     for number, (name, row) in enumerate(artifact.read_json(job.out).items()):
-        stage, sampling, config = stages.get(name, (name, None, job.config.digest))
-        weights = files[weights_file(sampling["ema_decay"])]["sha256"] if sampling else None
-        found.append(
-            Record(
-                id=f"{now:%Y%m%dT%H%M%S%fZ}-{job.key}-{job.stage}-{number}",
-                time=now,
-                experiment=item.experiment,
-                checkpoint=job.key,
-                step=item.step,
-                stage=stage,
-                metrics={key: value for key, value in row.items() if key not in ("num_samples", "evaluations")},
-                num_samples=row["num_samples"],
-                seed=sampling["seed"] if sampling else None,
-                guidance=sampling["guidance"] if sampling else None,
-                sampler=sampler_name(sampling) if sampling else None,
-                evaluations=row.get("evaluations"),
-                extractor=reference["extractor"],
-                reference=artifact.sha256_file(job.inputs["reference"] / artifact.MANIFEST),
-                config=config,
-                weights=codec if name == "codec" else weights,
-                data=reference["dataset"],
-                commit=current_commit(),
-            )
-        )
+        kind = row.get("kind", name)
+        sampled = known.get(name)
+        values = {
+            "id": f"{now:%Y%m%dT%H%M%S%fZ}-{job.key}-{job.stage}-{number}",
+            "time": now,
+            "experiment": item.experiment,
+            "checkpoint": job.key,
+            "step": item.step,
+            "stage": sampled.stage if sampled and kind.startswith("stage") else kind,
+            "metrics": {key: value for key, value in row.items() if key not in FIELDS | ABOUT},
+            "num_samples": row.get("num_samples", row.get("num_test")),
+            **{name: row.get(name) for name in FIELDS - {"num_samples"}},
+            "train_seed": None if kind in ("floor", "codec") else checkpoint["about"]["seed"],
+            **origin(sampled, job),
+            **measured_with(job, kind),
+            **spent(params, job, name),
+            "commit": commit,
+        }
+        if kind == "codec":
+            values["weights"] = artifact.sha256_file(job.inputs["codec"] / artifact.MANIFEST)
+        elif sampled:
+            values["weights"] = checkpoint["files"][weights_file(sampled.sampling["ema_decay"])]["sha256"]
+        found.append(Record.model_validate(values))
     return found
+
+
+def origin(sampled: Sampled | None, job: Job) -> dict[str, Any]:
+    """The fields that say how samples were drawn; None for what was not sampled."""
+    if sampled is None:
+        nothing = dict.fromkeys(("seed", "guidance", "sampler", "weights"))
+        return {**nothing, "config": job.config.digest}
+    sampling = sampled.sampling
+    return {
+        "seed": sampling["seed"],
+        "guidance": sampling["guidance"],
+        "sampler": sampler_name(sampling),
+        "num_steps": sampling["num_steps"] if sampling["solver"] == "euler" else None,
+        "config": sampled.config,
+        "previous": sampled.previous,
+    }
 
 
 def append(record: Record, root: Path = HISTORY) -> Path:
@@ -117,13 +195,18 @@ def append(record: Record, root: Path = HISTORY) -> Path:
 def query(
     root: Path = HISTORY,
     *,
+    kind: str = "score",
     experiment: str | None = None,
     checkpoint: str | None = None,
     stage: str | None = None,
     metric: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Records that match, oldest first, as plain dictionaries; with `metric`, only that one of their numbers."""
-    if not any(root.glob("*/*.json")):
+    """Records of a kind that match, oldest first, as plain dictionaries; with `metric`, only that number and
+    its error."""
+    if kind != "score" and metric is not None:
+        raise ValueError(f"--metric {metric!r}: a {kind} has no metrics; leave it out, or --kind")
+    folder = root / FOLDERS[kind]
+    if not any(folder.glob("*/*.json")):
         return []
     import duckdb
 
@@ -132,14 +215,16 @@ def query(
     # `->>` takes a value out of the JSON as text; names and values are ours or parameters, never pasted input
     where = " AND ".join(["true", *(f"json ->> '$.{name}' = ?" for name in given)])
     sql = f"SELECT json FROM read_json_objects(?) WHERE {where} ORDER BY json ->> '$.time', json ->> '$.id'"
-    rows = duckdb.execute(sql, [str(root / "*" / "*.json"), *given.values()]).fetchall()
+    rows = duckdb.execute(sql, [str(folder / "*" / "*.json"), *given.values()]).fetchall()
     found = [json.loads(row[0]) for row in rows]
     if metric is None or not found:
         return found
     known = sorted({name for row in found for name in row["metrics"]})
     if metric not in known:
         raise ValueError(f"--metric {metric!r}: no such record has it; they have {', '.join(known)}")
-    return [row | {"metrics": {metric: row["metrics"][metric]}} for row in found if metric in row["metrics"]]
+    kept = (metric, f"{metric}_error")
+    some = [row for row in found if metric in row["metrics"]]
+    return [row | {"metrics": {name: row["metrics"][name] for name in kept if name in row["metrics"]}} for row in some]
 
 
 SETTING = ("extractor", "reference", "num_samples")  # where these differ, numbers must not be compared
@@ -147,13 +232,19 @@ SETTING = ("extractor", "reference", "num_samples")  # where these differ, numbe
 
 def texts(record: dict[str, Any]) -> dict[str, str]:
     """What must be equal for two records to be compared, in words."""
-    extractor = f"{record['extractor']['name']} ({record['extractor']['digest'][:12]})"
-    return {"extractor": extractor, "reference": record["reference"][:12], "num_samples": str(record["num_samples"])}
+    named = record["extractor"]
+    count = f"{record['num_samples']}" + (f" after {fitted} to fit" if (fitted := record.get("num_train")) else "")
+    return {
+        "extractor": f"{named['name']} ({named['digest'][:12]})" if named else "none",
+        "reference": record["reference"][:12],
+        "num_samples": count,
+    }
 
 
 def setting(found: list[dict[str, Any]]) -> str:
     """In what comparable records were measured."""
-    return f"{found[0]['num_samples']:,} images, {found[0]['extractor']['name']}"
+    named = found[0]["extractor"]
+    return f"{found[0]['num_samples']:,} images" + (f", {named['name']}" if named else "")
 
 
 def check_comparable(found: list[dict[str, Any]]) -> None:
@@ -174,26 +265,29 @@ def check_comparable(found: list[dict[str, Any]]) -> None:
     raise ValueError(f"these {len(found)} records must not be compared: {what}; {remedy}")
 
 
-def over_steps(found: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
-    """Records of one metric -> points (step, value) of each series, and floors, for `plots.over_steps`.
+Points = list[tuple[float, float, float | None]]  # step, value, and its standard error where the record has one
+
+
+def over_steps(found: list[dict[str, Any]]) -> tuple[dict[str, Points], dict[str, float]]:
+    """Records of one metric and its error -> points of each series, and floors, for `plots.over_steps`.
 
     A series is a stage under one setting: experiment, guidance, sampler and seed are named where they differ. Of equal
     ones at a step the newest counts; so does the newest floor of an experiment.
     """
     check_comparable(found)
-    series: dict[str, dict[int, float]] = {}
+    series: dict[str, dict[int, tuple[float, float | None]]] = {}
     floors: dict[str, float] = {}
     for row in found:  # oldest first
         alike = [other for other in found if other["stage"] == row["stage"]]
         fields = [name for name in ("experiment", "guidance", "sampler", "seed") if len({o[name] for o in alike}) > 1]
         if not isinstance(row["stage"], int) and len({tuple(other["metrics"].values()) for other in alike}) == 1:
             fields = []  # the same floor under all of them
-        (value,) = row["metrics"].values()
+        value, *error = (row["metrics"][name] for name in sorted(row["metrics"]))  # `fid` comes before `fid_error`
         told = "".join(f", {row[n]}" if n in ("experiment", "sampler") else f", {n} {row[n]}" for n in fields)
         if isinstance(row["stage"], int):
-            series.setdefault(f"stage {row['stage']}{told}", {})[row["step"]] = value
+            series.setdefault(f"stage {row['stage']}{told}", {})[row["step"]] = (value, error[0] if error else None)
         else:
             floors[{"floor": "held-out"}.get(row["stage"], row["stage"]) + told] = value
     if not series:
         raise ValueError("only floors match, which have no step; leave --stage out")
-    return {name: sorted(points.items()) for name, points in series.items()}, floors
+    return {name: [(step, *points[step]) for step in sorted(points)] for name, points in series.items()}, floors

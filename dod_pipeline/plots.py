@@ -1,142 +1,33 @@
-"""Plain rows -> figures; figure -> PNG or SVG, the same bytes every time. Import it late: matplotlib takes a second.
+"""Plain rows -> figures, the same bytes every time. Import it late: matplotlib takes a second."""
 
-No display and no global figure: `Figure` objects only. Colours differ in lightness too, and every series has a marker
-of its own, so that a grey print and a colour-blind reader lose nothing.
-"""
-
-import io
 from collections.abc import Mapping, Sequence
-from itertools import cycle
-from typing import Any, NamedTuple
+from operator import itemgetter
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-STYLE: Any = {  # matplotlib types every key; a literal is not inferred as such
-    "font.size": 10.5,
-    "axes.titlesize": 11,
-    "axes.labelcolor": "#333333",
-    "axes.edgecolor": "#777777",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 7,
-    "svg.fonttype": "path",  # the page looks the same where the font is missing
-    "svg.hashsalt": "dod",
-}
-WIDTH, HEIGHT = 4.3, 3.1  # inches: small enough that text stays legible when a phone scales it down
-LINE = 13  # points between two labels at least
-NAMES = {"fid": "FID", "inception_score": "inception score", "psnr": "PSNR, dB"}
-LOG_FROM = 8  # a vertical axis is logarithmic where the largest value is so many times the smallest
-UNIT_RANGE = ("precision", "recall")  # from 0 to 1
-
-
-class Look(NamedTuple):
-    """How a series is drawn."""
-
-    color: str
-    marker: str
-
-
-# Orange is much lighter than the blue: stage 1 and stage 2 can be told apart in grey.
-STAGE_LOOKS = {"stage 1": Look("#c06f00", "o"), "stage 2": Look("#00508c", "s")}
-OTHER_COLORS = ("#00805e", "#b0508a", "#3a8fc4", "#8c2d04", "#444444")
-OTHER_MARKERS = ("^", "D", "v", "P", "X", "<", ">")
-GLYPHS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "<": "◀", ">": "▶"}  # of the markers
-FLOOR_LOOKS = {"held-out": ("--", "*"), "codec": (":", "d")}  # line and marker
-OTHER_FLOOR = ("-.", "p")
-FLOOR_COLOR = "#555555"
-
-
-def looks(names: Sequence[str]) -> dict[str, Look]:
-    """A look for each series; `stage 1` and `stage 2` always have the same one."""
-    others = map(Look, cycle(OTHER_COLORS), cycle(OTHER_MARKERS))
-    return {name: STAGE_LOOKS.get(name) or next(others) for name in names}
-
-
-def floor_look(name: str) -> tuple[str, str]:
-    """Line and marker of a floor: the same in every figure, whatever follows its name."""
-    return FLOOR_LOOKS.get(name.split(",")[0], OTHER_FLOOR)
-
-
-def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """The nearest positions (in least squares) of the same order that are at least `gap` apart, for labels."""
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
-    pools: list[tuple[float, int]] = []  # mean and size; monotone regression by pooling neighbours
-    for rank, index in enumerate(order):
-        mean, size = positions[index] - rank * gap, 1
-        while pools and pools[-1][0] > mean:
-            before, count = pools.pop()
-            mean, size = (before * count + mean * size) / (count + size), count + size
-        pools.append((mean, size))
-    shifted = [mean for mean, size in pools for _ in range(size)]
-    found = [0.0] * len(positions)
-    for rank, index in enumerate(order):
-        found[index] = shifted[rank] + rank * gap
-    return found
-
-
-def blank(*, labels: Sequence[str] = (), title: str | None = None) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, wider and higher where long or many labels will stand at the right."""
-    widest = max((len(line) for label in labels for line in label.splitlines()), default=0)
-    width = WIDTH + 0.075 * max(0, widest - 16)
-    figure = Figure(figsize=(width, max(HEIGHT, 0.22 * len(labels) + 0.8)), layout="constrained")
-    axes = figure.subplots()
-    if title:
-        axes.set_title(title, loc="left", color="#333333")
-    return figure, axes
-
-
-def label_at_right(figure: Figure, axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Write each name at the right of the axes, at the height of its value, none over another. Last step of a plot."""
-    notes = {
-        name: axes.annotate(
-            name, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(8, 0), textcoords="offset points",
-            va="center", color=color, annotation_clip=False,
-        )
-        for name, (y, color) in ends.items()
-    }  # fmt: skip
-    figure.draw_without_rendering()  # sets the limits and the layout
-    points = 72 / figure.dpi
-    heights = [float(axes.transData.transform((0, y))[1]) * points for y, _ in ends.values()]
-    for note, before, after in zip(notes.values(), heights, spread(heights, LINE), strict=True):
-        note.set_position((8, after - before))
-
-
-def scale_steps(axes: Axes, steps: Sequence[float]) -> None:
-    """A horizontal axis of whole steps, from a bit before the first to a bit after the last."""
-    first, last = min(steps), max(steps)
-    margin = 0.06 * (last - first) or 0.5 * max(last, 1)
-    axes.set_xlim(first - margin, last + margin)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    if len(set(steps)) <= 4:  # few enough to name each
-        axes.set_xticks(sorted(set(steps)))
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_xlabel("training step")
-
-
-def scale_values(axes: Axes, values: Sequence[float], *, metric: str) -> None:
-    """A vertical axis for a metric: logarithmic where its values span much, else with room around them."""
-    low, high = min(values), max(values)
-    if low > 0 and high / low >= LOG_FROM and metric not in UNIT_RANGE:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylim(low / 1.35, high * 1.35)
-        return
-    margin = 0.1 * (high - low) or 0.1 * abs(high) or 0.1
-    axes.set_ylim(low - margin, high + margin)
+from dod_pipeline.canvas import (
+    FLOOR_COLOR,
+    GLYPHS,
+    HEIGHT,
+    NAMES,
+    STAGE_LOOKS,
+    STYLE,
+    Estimate,
+    blank,
+    error_bars,
+    floor_look,
+    label_at_right,
+    looks,
+    reach,
+    scale_gflops,
+    scale_steps,
+    scale_values,
+    stage_look,
+)
+from dod_pipeline.tables import INTERVAL, with_error
 
 
 @matplotlib.rc_context(STYLE)
@@ -157,36 +48,119 @@ def loss_curve(rows: Sequence[Mapping[str, float]]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def over_steps(
-    series: Mapping[str, Sequence[tuple[float, float]]],
+    series: Mapping[str, Sequence[Estimate]],
     floors: Mapping[str, float],
     *,
     metric: str,
     title: str | None = None,
 ) -> Figure:
-    """A metric over training steps: a line for each series of (step, value), a horizontal one for each floor.
+    """A metric over training steps: a line for each series of (step, value, error), a horizontal one for each floor.
 
-    Each is named at the right, with its last value.
+    Bars are 95 % intervals. Each series is named at the right, with its last value.
     """
-    points = [point for rows in series.values() for point in rows]
-    if not points:
+    rows = {name: sorted(points, key=itemgetter(0)) for name, points in series.items() if points}
+    if not rows:
         raise ValueError(f"no stage has {metric}: nothing to plot over steps")
-    drawn = looks([name for name, rows in series.items() if rows])
-    names = {n: f"{GLYPHS[look.marker]} {n}  {sorted(series[n])[-1][1]:.3f}" for n, look in drawn.items()}
+    drawn = looks(list(rows))
+    names = {n: f"{GLYPHS[look.marker]} {n}  {with_error(*rows[n][-1][1:])}" for n, look in drawn.items()}
     floor_names = {name: f"{name}  {value:.3f}" for name, value in floors.items()}
     figure, axes = blank(labels=[*names.values(), *floor_names.values()], title=title)
-    ends: dict[str, tuple[float, str]] = {}
-    for name, value in floors.items():
-        style, _ = floor_look(name)
-        axes.axhline(value, color=FLOOR_COLOR, linestyle=style, linewidth=1.4)
-        ends[floor_names[name]] = (value, FLOOR_COLOR)
+    draw_floors(axes, floors)
+    ends = {floor_names[name]: (value, FLOOR_COLOR) for name, value in floors.items()}
     for name, look in drawn.items():
-        steps, values = zip(*sorted(series[name]), strict=True)
+        steps, values, _ = zip(*rows[name], strict=True)
         axes.plot(steps, values, color=look.color, marker=look.marker)
+        error_bars(axes, rows[name], color=look.color)
         ends[names[name]] = (values[-1], look.color)
-    scale_steps(axes, [step for step, _ in points])
-    scale_values(axes, [*(value for _, value in points), *floors.values()], metric=metric)
+    points = [point for found in rows.values() for point in found]
+    scale_steps(axes, [step for step, *_ in points])
+    scale_values(axes, [*reach(points), *floors.values()], metric=metric)
     axes.set_ylabel(NAMES.get(metric, metric))
     label_at_right(figure, axes, ends)
+    return figure
+
+
+def draw_floors(axes: Axes, floors: Mapping[str, float]) -> None:
+    """A horizontal line for each floor, in the style that it has everywhere."""
+    for name, value in floors.items():
+        axes.axhline(value, color=FLOOR_COLOR, linestyle=floor_look(name)[0], linewidth=1.4, label=name)
+
+
+@matplotlib.rc_context(STYLE)
+def over_gflops(path: Mapping[str, Estimate], series: Mapping[str, Sequence[Estimate]]) -> Figure:
+    """FID over the GFLOPs of a sample (the paper's Fig. 2, right): the lower left is best.
+
+    `path` are the experiment's own stages, joined by a line; `series` are variants of them, hollow, named after the
+    stage that they are variants of: `stage 1, guided`.
+    """
+    points = [*path.values(), *(point for rows in series.values() for point in rows)]
+    if not points:
+        raise ValueError("no stage has FID and GFLOPs: nothing to plot")
+    figure, axes = blank()
+    figure.set_figheight(HEIGHT + 0.24 * ((len(path) + len(series) + 1) // 2))
+    axes.plot([x for x, *_ in path.values()], [y for _, y, _ in path.values()], color="#777777", zorder=4)
+    drawn = [(name, [point], True) for name, point in path.items()]
+    drawn += [(name, list(rows), False) for name, rows in series.items()]
+    for name, rows, own in drawn:
+        color, marker = stage_look(name)
+        error_bars(axes, rows, color=color)
+        axes.plot(
+            [x for x, *_ in rows], [y for _, y, _ in rows], color=color, marker=marker, linestyle="", label=name,
+            markerfacecolor=color if own else "none", zorder=5 if own else 3,
+        )  # fmt: skip
+    scale_gflops(axes, [x for x, *_ in points])
+    scale_values(axes, reach(points), metric="fid")
+    axes.set(xlabel="GFLOPs of a sample, as the paper counts", ylabel="FID")
+    legend_below(figure, columns=2)
+    return figure
+
+
+def legend_below(figure: Figure, *, columns: int) -> None:
+    """The names of what is drawn, below the axes, which keep the figure's whole width."""
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, handletextpad=0.5, columnspacing=1.2)
+
+
+@matplotlib.rc_context(STYLE)
+def over_guidance(series: Mapping[str, Sequence[Estimate]]) -> Figure:
+    """FID over the guidance scale (the paper's Fig. 4, left); each series' lowest value is ringed, and named below."""
+    rows = {name: sorted(points, key=itemgetter(0)) for name, points in series.items() if points}
+    if not rows:
+        raise ValueError("nothing has FID at some guidance: nothing to plot")
+    figure, axes = blank()
+    figure.set_figheight(HEIGHT + 0.24 * len(rows))
+    for name, look in looks(list(rows)).items():
+        scales, values, _ = zip(*rows[name], strict=True)
+        scale, lowest, _ = min(rows[name], key=itemgetter(1))
+        title = f"{name}: lowest {lowest:.3f} at {scale:g}"
+        axes.plot(scales, values, color=look.color, marker=look.marker, label=title)
+        error_bars(axes, rows[name], color=look.color)
+        axes.plot(scale, lowest, marker="o", markersize=15, markerfacecolor="none", color=look.color)
+    points = [point for found in rows.values() for point in found]
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.margins(x=0.08)
+    scale_values(axes, reach(points), metric="fid")
+    axes.set(xlabel="guidance scale (1: none)", ylabel="FID, rFID" if any("rFID" in name for name in rows) else "FID")
+    legend_below(figure, columns=1)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def stage_bars(bars: Mapping[str, tuple[float, float | None]], floors: Mapping[str, float]) -> Figure:
+    """FID of each stage as a bar from zero (the paper's Fig. 4, right), its value above it, and the floors across."""
+    if not bars:
+        raise ValueError("no stage has FID: nothing to plot")
+    figure, axes = blank(labels=list(floors))
+    points = [(float(place), *found) for place, found in enumerate(bars.values())]
+    draw_floors(axes, floors)
+    for (place, value, error), name in zip(points, bars, strict=True):
+        axes.bar(place, value, width=0.62, color=stage_look(name).color)
+        error_bars(axes, [(place, value, error)], color="#1c1c1c")
+        top = value + INTERVAL * (error or 0)
+        axes.annotate(f"{value:.3f}", (place, top), xytext=(0, 4), textcoords="offset points", ha="center")
+    axes.set_xticks(range(len(bars)), [name.replace(", ", "\n") for name in bars])
+    axes.set(ylabel="FID", ylim=(0, 1.12 * max(*reach(points), *floors.values())), xlim=(-0.6, len(bars) - 0.4))
+    axes.grid(visible=False, axis="x")
+    label_at_right(figure, axes, {f"{name}  {value:.3f}": (value, FLOOR_COLOR) for name, value in floors.items()})
     return figure
 
 
@@ -198,7 +172,7 @@ def precision_recall(
 
     A path's last point, the newest step, is filled; earlier ones are hollow.
     """
-    rows = {name: sorted(points) for name, points in series.items() if points}
+    rows = {name: sorted(points, key=itemgetter(0)) for name, points in series.items() if points}
     if not rows:
         raise ValueError("no stage has precision and recall: nothing to plot")
     figure, axes = blank()
@@ -219,21 +193,3 @@ def precision_recall(
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, handletextpad=0.3, borderaxespad=0)
     return figure
-
-
-def png(figure: Figure, *, dpi: int = 160) -> bytes:
-    """The figure as a PNG file."""
-    return saved(figure, kind="png", dpi=dpi, metadata={"Software": None})
-
-
-def svg(figure: Figure) -> str:
-    """The figure as SVG text, which scales in a page and in print."""
-    return saved(figure, kind="svg", dpi=72, metadata={"Date": None, "Creator": None}).decode()
-
-
-def saved(figure: Figure, *, kind: str, dpi: int, metadata: dict[str, None]) -> bytes:
-    """The bytes that matplotlib writes; without time or version they depend on the figure alone."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
-    return buffer.getvalue()

@@ -14,14 +14,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dod_models import artifact, cost
 from dod_models.model import ModelConfig
-from dod_pipeline import costs, ledger, plots, stages
+from dod_pipeline import canvas, costs, figures, ledger, plots, stages, tables
 from dod_pipeline.config import Checkpoint, Params
+from dod_pipeline.figures import SHORT_NAMES, Evaluated
 from dod_pipeline.stages import Job
-from dod_pipeline.tables import METRICS, NAMES
 
 TEMPLATE = "report.html"
-SHORT_NAMES = {"floor": "held-out", "codec": "codec"}  # of the floors, in figures
-Scores = dict[str, dict[str, float]]
+Scores = dict[str, dict[str, Any]]
 
 
 class Subject:
@@ -33,17 +32,34 @@ class Subject:
         self.params, self.inputs, self.key = job.config, job.inputs, job.key
         self.data = self.params.experiments[self.key].data
         self.scores: dict[str, Scores] = {}
-        self.pending: list[str] = []
+        self.sweeps: dict[str, Scores] = {}
         for name in self.checkpoints:
-            path = self.inputs["metrics"] / f"{name}.json"
-            if path.is_file():
-                self.scores[name] = artifact.read_json(path)
-            else:
-                self.pending.append(name)
+            if self.table(name).is_file():
+                self.scores[name] = artifact.read_json(self.table(name))
+            if name in self.scores and name in self.params.sweeps and self.sweep_table(name).is_file():
+                found = artifact.read_json(self.sweep_table(name))
+                if all("kind" in row for row in found.values()):  # an older table's rows name none
+                    self.sweeps[name] = found
+        self.pending = [name for name in self.checkpoints if name not in self.scores]
+        self.unswept = [name for name in self.params.sweeps if name not in self.sweeps]
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
         return self.params.checkpoints_of(self.key)
+
+    def table(self, checkpoint: str) -> Path:
+        """The file of a checkpoint's scores."""
+        return self.inputs["metrics"] / f"{checkpoint}.json"
+
+    def sweep_table(self, checkpoint: str) -> Path:
+        """The file of a checkpoint's sweep."""
+        return self.inputs["metrics"] / f"{checkpoint}.sweep.json"
+
+    def evaluated(self, checkpoint: str) -> Evaluated:
+        """What figures show of a checkpoint."""
+        sampling = {name: self.manifest(name, checkpoint)["about"]["sampling"] for name in ("stage1", "stage2")}
+        step, sweep = self.checkpoints[checkpoint].step, self.sweeps.get(checkpoint, {})
+        return Evaluated(step, self.scores[checkpoint], sampling, sweep)
 
     def job(self, stage: str, key: str) -> Job:
         """Another stage's job, with its settings in full."""
@@ -110,23 +126,25 @@ def page(subject: Subject) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    newest = list(subject.scores)[-1]
     described = model(subject)
     spent = [(stage, key, costs.newest(subject.job(stage, key))) for stage, key in instances(subject)]
     return environment.get_template(TEMPLATE).render(
         key=subject.key,
         data=subject.data,
-        newest=newest,
+        newest=list(subject.scores)[-1],
+        varied=varied(subject),
         steps={name: item.step for name, item in subject.checkpoints.items()},
         scores=subject.scores,
+        sweeps=subject.sweeps,
         pending=subject.pending,
-        metrics=METRICS,
-        names=NAMES,
+        unswept=subject.unswept,
+        tables=tables,
+        way=figures.way,
         floors=floors(subject),
         floors_equal=all(floors_of(scores) == floors(subject) for scores in subject.scores.values()),
         outdated=outdated(subject),
         grids={name: image(subject.grid(name)) for name in subject.scores},
-        figures=figures(subject),
+        figures=drawn(subject),
         counts=subject.facts("dataset"),
         codec=subject.facts("codec"),
         evaluator=subject.facts("reference"),
@@ -134,10 +152,7 @@ def page(subject: Subject) -> str:
         train=subject.job("train", subject.key).config.model_dump(mode="json"),
         params=described["params"],
         gflops=described["gflops"],
-        per_sample={
-            name: {kind: per_sample(subject, name, counts) for kind, counts in described["gflops"].items()}
-            for name in subject.scores
-        },
+        paces={name: paces(subject, name) for name in subject.scores},
         settings=settings(subject),
         costs=spent,
         seconds=sum(found.seconds for *_, found in spent if found),
@@ -149,8 +164,14 @@ def page(subject: Subject) -> str:
 
 def instances(subject: Subject) -> list[tuple[str, str]]:
     """The stage instances whose outputs the page shows."""
-    found = stages.instances(subject.params, subject.key, until="metrics")
-    return [(stage, key) for stage, key in found if key not in subject.pending]
+    found = stages.instances(subject.params, subject.key, until="sweeps")
+    left_out = {("sweeps", name) for name in subject.unswept}
+    return [(stage, key) for stage, key in found if key not in subject.pending and (stage, key) not in left_out]
+
+
+def varied(subject: Subject) -> str:
+    """The checkpoint whose costs and guidance are drawn: the newest one with a sweep, or else the newest."""
+    return next((name for name in reversed(subject.scores) if name in subject.sweeps), list(subject.scores)[-1])
 
 
 def floors_of(scores: Scores) -> Scores:
@@ -177,25 +198,18 @@ def image(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def figures(subject: Subject) -> dict[str, str]:
+def drawn(subject: Subject) -> dict[str, str]:
     """The plots as data URIs: as images of their own, so that the ids inside them can't meet."""
-    count = list(subject.scores.values())[-1]["stage2"]["num_samples"]  # never draw scores of other counts beside it
-    fid: dict[str, list[tuple[float, float]]] = {}
-    plane: dict[str, list[tuple[float, float, float]]] = {}
-    for checkpoint, scores in subject.scores.items():
-        step = subject.checkpoints[checkpoint].step
-        for name, row in scores.items():
-            if name not in SHORT_NAMES and row["num_samples"] == count:
-                title = name.replace("stage", "stage ")
-                fid.setdefault(title, []).append((step, row["fid"]))
-                plane.setdefault(title, []).append((step, row["precision"], row["recall"]))
-    rows = {SHORT_NAMES[name]: row for name, row in floors(subject).items() if row["num_samples"] == count}
-    drawn = {
-        "fid": plots.over_steps(fid, {name: row["fid"] for name, row in rows.items()}, metric="fid"),
-        "plane": plots.precision_recall(plane, {n: (row["precision"], row["recall"]) for n, row in rows.items()}),
+    all_of_them, one = [subject.evaluated(name) for name in subject.scores], subject.evaluated(varied(subject))
+    found = {
+        "fid": figures.over_steps(all_of_them),
+        "plane": figures.plane(all_of_them),
+        "bars": figures.stage_bars(one),
+        "cost": figures.over_gflops(one),
+        "guidance": figures.over_guidance(one),
         "loss": plots.loss_curve(artifact.read_json(subject.inputs["curve"])),
     }
-    encoded = {name: base64.b64encode(plots.svg(figure).encode()).decode() for name, figure in drawn.items()}
+    encoded = {name: base64.b64encode(canvas.svg(figure).encode()).decode() for name, figure in found.items() if figure}
     return {name: f"data:image/svg+xml;base64,{text}" for name, text in encoded.items()}
 
 
@@ -205,19 +219,16 @@ def model(subject: Subject) -> dict[str, Any]:
     return cost.describe(ModelConfig.parse(config, place=f"params.yaml: train of {subject.key}"))
 
 
-def per_sample(subject: Subject, checkpoint: str, gflops: Mapping[str, float]) -> dict[str, float]:
-    """GFLOPs of a sample after stage 1, and after stage 2 with all before it, in the convention of `gflops`.
-
-    A guided evaluation is one pass with the condition and one without: the latter costs as much as the former only
-    where it keeps the prior. The LEM sees each sample of stage 1 once.
-    """
-    spent = subject.scores[checkpoint]["stage1"]["evaluations"]
-    about = subject.manifest("stage2", checkpoint)["about"]
-    conditional = about["stage_evaluations"] - about["null_evaluations"]
-    null_pass = gflops["stage2" if about["sampling"]["null_branch"] == "label" else "stage1"]
-    first = spent * gflops["stage1"]
-    second = conditional * gflops["stage2"] + about["null_evaluations"] * null_pass
-    return {"stage1": first, "stage2": first + gflops["lem"] + second}
+def paces(subject: Subject, checkpoint: str) -> dict[str, tuple[float, float] | None]:
+    """Seconds that the samples took up to each stage, and images per second; None where they were not recorded."""
+    found: dict[str, tuple[float, float] | None] = {}
+    total: float | None = 0.0
+    for stage in ("stage1", "stage2"):
+        spent = costs.newest(subject.job(stage, checkpoint))
+        total = None if total is None or spent is None else total + spent.seconds
+        count = subject.manifest(stage, checkpoint)["about"]["sampling"]["num_samples"]
+        found[stage] = (total, count / total) if total else None
+    return found
 
 
 def leaves(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
@@ -259,7 +270,7 @@ def digests(subject: Subject) -> Iterator[tuple[str, str, str]]:
     for checkpoint in subject.scores:
         for name, digest in subject.weights(checkpoint).items():
             yield f"averaged weights of {checkpoint}", name, digest
-    files = [subject.inputs["metrics"] / f"{name}.json" for name in subject.scores]
+    files = [*map(subject.table, subject.scores), *map(subject.sweep_table, subject.sweeps)]
     files += [path for name, path in subject.inputs.items() if name == "curve" or name.endswith("_facts")]
     for path in files:
         yield "numbers on this page", str(path), artifact.sha256_file(path)

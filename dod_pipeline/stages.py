@@ -67,7 +67,8 @@ def settings(params: Params, stage: str, key: str) -> Settings:
     stages: dict[str, Settings] = {"stage1": experiment.stage1, "stage2": experiment.stage2}
     sampling = {name: experiment.sampling | changes for name, changes in stages.items()}
     if stage == "sweeps":
-        return {**sampling, **experiment.evaluation, "rows": params.sweeps[key].rows}
+        asked = params.sweeps[key]
+        return {**sampling, **experiment.evaluation, "rows": asked.rows, "probe": asked.probe}
     return sampling[stage]
 
 
@@ -84,10 +85,9 @@ def paths(params: Params, stage: str, key: str) -> tuple[dict[str, Path], Path, 
         return {"latents": latents} | state_of(stage, key), Path(stage, key), facts
     item = params.checkpoints[key]
     samples = Path("samples", item.experiment, key)
-    known = {
+    known = state_of(stage, key) | {
         "checkpoint": Path("train", item.experiment, f"step-{item.step}"),
-        "codec": Path("codec", item.data),
-        "reference": Path("reference", item.data),
+        **{name: Path(name, item.data) for name in BY_DATASET},
         "stage1": samples / "stage1",
         "stage2": samples / "stage2",
         "previous": samples / "stage1",

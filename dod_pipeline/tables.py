@@ -2,12 +2,24 @@
 
 import csv
 import io
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-METRICS = {"fid": "FID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
+METRICS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "inception_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+}
+SIMILARITIES = {"rfid": "rFID", "psnr": "PSNR, dB", "ssim": "SSIM"}  # of reconstructions with their originals
+DIGITS = {"kid": 5, "psnr": 2}  # after the point; 3 otherwise
+INTERVAL = 1.96  # standard errors to either side: 95 % of a normal variate
 NAMES = {"floor": "floor: held-out real images", "codec": "floor: the codec's reconstructions"}
 
 
@@ -22,6 +34,18 @@ def show(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1
     if not console.is_terminal:
         console = Console(width=max(Console(width=1000).measure(table).maximum, len(title)))
     console.print(table)
+
+
+def with_error(value: float, error: float | None, *, digits: int = 3) -> str:
+    """A value as text, with half the width of its 95 % interval where its standard error is known."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {INTERVAL * error:.{digits}f}")
+
+
+def cell(row: Mapping[str, Any], metric: str, *, missing: str = "-") -> str:
+    """A metric of a row as tables show it."""
+    if metric not in row:
+        return missing
+    return with_error(row[metric], row.get(f"{metric}_error"), digits=DIGITS.get(metric, 3))
 
 
 PARTS = {"stage1": "step of stage 1", "stage2": "step of stage 2", "lem": "LEM, once per stage"}
@@ -52,25 +76,38 @@ def results(key: str, scores: dict[str, dict[str, float]]) -> None:
     rows = []
     for name, row in sorted(scores.items(), key=lambda item: not item[0].startswith("stage")):
         title = NAMES.get(name, name.replace("stage", "stage "))
-        rows.append([title, *(f"{row[metric]:.3f}" for metric in METRICS), str(row["num_samples"])])
+        rows.append([title, *(cell(row, metric) for metric in METRICS), str(row["num_samples"])])
     show(f"checkpoint {key}", ["", *METRICS.values(), "samples"], rows)
 
 
-def sweep(key: str, table: dict[str, dict[str, float]]) -> None:
-    """A checkpoint's sweep."""
-    rows = [
-        [n, f"{r['evaluations']:g}", *(f"{r[m]:.3f}" for m in METRICS), str(r["num_samples"])] for n, r in table.items()
-    ]
-    show(f"sweep of {key}", ["", "evaluations", *METRICS.values(), "samples"], rows)
+def sweep(key: str, table: dict[str, dict[str, Any]]) -> None:
+    """A checkpoint's sweep: variants of its stages, then reconstructions, then the probe, each where there are some."""
+    for title, metrics in (("sweep", METRICS), ("reconstruction", SIMILARITIES)):
+        rows = [
+            [name, f"{row['evaluations']:g}", *(cell(row, metric) for metric in metrics), str(row["num_samples"])]
+            for name, row in table.items()
+            if next(iter(metrics)) in row
+        ]
+        if rows:
+            show(f"{title} of {key}", ["", "evaluations", *metrics.values(), "samples"], rows)
+    for row in table.values():
+        if "top1" in row:
+            print(f"linear probe of {key}: {probe(row)}")
+
+
+def probe(row: Mapping[str, Any]) -> str:
+    """The result of a linear probe, in words."""
+    return f"top-1 {100 * row['top1']:.1f} % of {row['num_test']:,} images, fitted on {row['num_train']:,}"
 
 
 def side_by_side(found: dict[str, dict[str, dict[str, float]]]) -> None:
     """FID of every row that all checkpoints have, a column for each one and their mean."""
-    names = [name for name in next(iter(found.values())) if all(name in table for table in found.values())]
+    first, *others = found.values()
+    names = [name for name, row in first.items() if "fid" in row and all(name in table for table in others)]
     rows = []
     for name in names:
         values = [table[name]["fid"] for table in found.values()]
-        evaluations = next(iter(found.values()))[name].get("evaluations")
+        evaluations = first[name].get("evaluations")
         spent = "-" if evaluations is None else f"{evaluations:g}"
         shown = [f"{value:.3f}" for value in [*values, sum(values) / len(values)]]
         rows.append([NAMES.get(name, name), spent, *shown])
@@ -92,12 +129,17 @@ def history(records: list[dict[str, Any]]) -> None:
 
 
 def history_csv(records: list[dict[str, Any]]) -> str:
-    """Records as CSV, a column for each field, each metric and each part of the extractor."""
+    """Records as CSV: a column for each field, each metric and each part of what has parts; lists as JSON."""
     flat = []
     for record in records:
-        row = {name: value for name, value in record.items() if name not in ("metrics", "extractor")}
-        row |= {f"extractor_{name}": value for name, value in record["extractor"].items()}
-        flat.append(row | record["metrics"])
+        row: dict[str, Any] = {}
+        for name, value in record.items():
+            if isinstance(value, dict):
+                inner = {part if name == "metrics" else f"{name}_{part}": of for part, of in value.items()}
+            else:
+                inner = {name: value}
+            row |= {column: json.dumps(v) if isinstance(v, list) else v for column, v in inner.items()}
+        flat.append(row)
     text = io.StringIO()
     columns = list(dict.fromkeys(name for row in flat for name in row))
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -79,3 +79,33 @@ def test_counting_leaves_the_model_as_it_was():
     first = cost.paper_gflops(model, lambda: model.lem(z))
     assert cost.paper_gflops(model, lambda: model.lem(z)) == first
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_sample_costs_what_table_4_says_where_stage_1_is_charged_as_stage_2():
+    """30 steps of either stage, both passes of guidance at the price of stage 2."""
+    described = {"gflops": {"paper": {**cost.PAPER["DoD-B"]["gflops"]}}}
+    found = cost.per_sample(described, [cost.Spent(30), cost.Spent(30, 30, "label")])
+    assert [row["gflops_paper"] for row in found] == pytest.approx([795, 2409.6], abs=1e-9)
+
+
+def test_a_sample_costs_less_than_table_4_says_where_nothing_needs_the_prior(table):
+    one, two = cost.per_sample(table["DoD-B"], [cost.Spent(30), cost.Spent(30, 30)])
+    assert one["gflops_paper"] == pytest.approx(21.81 * 30, abs=0.3)  # 654 instead of 795
+    assert two["gflops_paper"] == pytest.approx((21.81 + 26.47 + 21.81) * 30 + 24.65, abs=1)  # 2127 instead of 2409.6
+    assert set(two) == {"gflops_paper", "gflops_true"}
+
+
+@pytest.mark.parametrize(("branch", "null"), [("both", 1), ("prior", 1), ("label", 10)])
+def test_a_null_pass_costs_an_evaluation_of_stage_1_unless_it_keeps_the_prior(branch, null):
+    described = {"gflops": {"true": {"stage1": 1.0, "stage2": 10.0, "lem": 100.0}}}
+    stages = [cost.Spent(2, 1, branch), cost.Spent(3, 1, branch), cost.Spent(2)]
+    first, second = 3.0, 100.0 + 30 + null
+    assert cost.per_sample(described, stages) == [
+        {"gflops_true": total} for total in (first, first + second, first + second + 120)
+    ]
+    assert cost.per_sample(described, stages[1:2], first=2) == [{"gflops_true": second}]  # from a real image
+
+
+def test_what_was_spent_is_what_the_manifest_states():
+    about = {"stage_evaluations": 5.0, "null_evaluations": 2.0, "sampling": {"null_branch": "label"}}
+    assert cost.Spent.stated(about) == cost.Spent(3.0, 2.0, "label")

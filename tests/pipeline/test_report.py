@@ -121,21 +121,6 @@ def test_gflops_of_a_sample_are_those_of_its_evaluations(shared: Project, page: 
     assert f"after stage 2 {two['true']:.4f} {two['paper']:.4f} " in page.text
 
 
-def test_a_null_branch_without_the_prior_costs_an_evaluation_of_stage_1(own: Project, inside: Enter):
-    inside(own)
-    subject = report.Subject(stages.resolve(load_params(), "report", "tiny"))
-    path = Path("samples/tiny/tiny-6/stage2/manifest.json")
-    manifest = artifact.read_json(path)
-    manifest["about"]["sampling"]["null_branch"] = "both"
-    artifact.write_json(path, manifest)
-    found = report.per_sample(subject, "tiny-6", {"stage1": 1.0, "stage2": 10.0, "lem": 100.0})
-    assert found == {"stage1": 2.0, "stage2": 2.0 + 100.0 + 2 * 10.0 + 2 * 1.0}
-    manifest["about"] |= {"stage_evaluations": 3.0, "null_evaluations": 1.0}  # one of the two steps is guided
-    artifact.write_json(path, manifest)
-    found = report.per_sample(subject, "tiny-6", {"stage1": 1.0, "stage2": 10.0, "lem": 100.0})
-    assert found == {"stage1": 2.0, "stage2": 2.0 + 100.0 + 2 * 10.0 + 1 * 1.0}
-
-
 def test_it_refers_to_nothing_outside_and_runs_nothing(page: Page):
     assert page.source.startswith("<!DOCTYPE html>")
     assert "<script" not in page.source and "http:" not in page.source and "https:" not in page.source

@@ -1,0 +1,44 @@
+"""A clone of this repository below `.state/`, for studies that add experiments: the demo's own graph stays small.
+
+It shares this folder's DVC cache, so that what was made here is not made again.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*command: str, cwd: Path = ROOT) -> str:
+    """Run a command; a failure is shown and ends the study."""
+    return subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def at_this_commit(name: str) -> Path:
+    """The clone of that name, brought to this folder's commit."""
+    if call("git", "status", "--porcelain", "--", "dod_models", "dod_pipeline", "dvc.yaml", "params.yaml"):
+        sys.exit(f"{name}: code or settings differ from the last commit, on which the study runs; commit them first")
+    clone = ROOT / ".state" / name
+    if not clone.exists():
+        call("git", "clone", "--quiet", "--no-local", str(ROOT), str(clone))
+    call("git", "fetch", "--quiet", str(ROOT), "HEAD", cwd=clone)
+    call("git", "reset", "--quiet", "--hard", "FETCH_HEAD", cwd=clone)
+    call(str(ROOT / ".venv/bin/dvc"), "cache", "dir", "--local", str(ROOT / ".dvc" / "cache"), cwd=clone)
+    return clone
+
+
+def read_params(clone: Path) -> dict[str, Any]:
+    """Its params.yaml."""
+    found: dict[str, Any] = yaml.safe_load((clone / "params.yaml").read_text())
+    return found
+
+
+def write_params(clone: Path, params: dict[str, Any]) -> None:
+    """Write its params.yaml, without YAML's references."""
+    dumper = yaml.SafeDumper
+    dumper.ignore_aliases = lambda *_: True  # type: ignore[method-assign]
+    (clone / "params.yaml").write_text(yaml.dump(params, Dumper=dumper, sort_keys=False))
