@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dod_models import artifact
 from dod_pipeline import cli, gate, history, trials
@@ -281,7 +280,6 @@ def test_the_gate_on_real_checkpoints(own: Project, inside: Enter, capsys: Captu
     lost.unlink()
     assert cli.main(["gate", "seed1-6", "tiny-6"]) == status
     assert capsys.readouterr().out.count("block 1 of tiny-6\n") == 1
-    torch.set_num_threads(1)
     assert lost.read_bytes() == before
 
     lost.write_bytes(before.replace(one.weights["stage2"].encode(), b"0" * 64))
