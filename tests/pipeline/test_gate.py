@@ -49,7 +49,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
 
     def manifest(folder: Path) -> tuple[dict[str, Any], str]:
         about = {"extractor": {"name": "small-net-64", "digest": "e" * 64}}
-        return {"files": {"ema-0.9.safetensors": {"sha256": f"weights of {folder}"}}, "about": about}, f"sha {folder}"
+        files = {f"ema-{decay}.safetensors": {"sha256": f"{decay} of {folder}"} for decay in (0.9, 0.95)}
+        return {"files": files, "about": about}, f"sha {folder}"
 
     def scores(one: trials.Subject, block: int, *, seeds: dict[str, int]) -> dict[str, dict[str, float]]:
         state["drawn"].append((one.key, block, seeds["stage2"]))
@@ -155,7 +156,9 @@ def test_another_data_set_is_refused(fake: dict[str, Any], capsys: Captured):
 
 def test_train_settings_and_the_average_may_differ(fake: dict[str, Any]):
     fake["values"]["experiments"]["seed1"]["train"] |= {"learning_rate": 0.1, "ema_decays": [0.9, 0.95]}
-    assert gate.gate(parsed(fake), "seed1-6", "tiny-6").verdict == "PASS"
+    fake["values"]["experiments"]["seed1"]["sampling"]["ema_decay"] = 0.95
+    found = gate.gate(parsed(fake), "seed1-6", "tiny-6")
+    assert (found.verdict, found.candidate.weights) == ("PASS", "0.95 of train/seed1/step-6")
 
 
 @pytest.mark.parametrize(
