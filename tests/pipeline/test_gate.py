@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dod_models import artifact
 from dod_pipeline import cli, gate, history, trials
@@ -50,7 +49,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
 
     def manifest(folder: Path) -> tuple[dict[str, Any], str]:
         about = {"extractor": {"name": "small-net-64", "digest": "e" * 64}}
-        return {"files": {"ema-0.9.safetensors": {"sha256": f"weights of {folder}"}}, "about": about}, f"sha {folder}"
+        files = {f"ema-{decay}.safetensors": {"sha256": f"{decay} of {folder}"} for decay in (0.9, 0.95)}
+        return {"files": files, "about": about}, f"sha {folder}"
 
     def scores(one: trials.Subject, block: int, *, seeds: dict[str, int]) -> dict[str, dict[str, float]]:
         state["drawn"].append((one.key, block, seeds["stage2"]))
@@ -156,7 +156,9 @@ def test_another_data_set_is_refused(fake: dict[str, Any], capsys: Captured):
 
 def test_train_settings_and_the_average_may_differ(fake: dict[str, Any]):
     fake["values"]["experiments"]["seed1"]["train"] |= {"learning_rate": 0.1, "ema_decays": [0.9, 0.95]}
-    assert gate.gate(parsed(fake), "seed1-6", "tiny-6").verdict == "PASS"
+    fake["values"]["experiments"]["seed1"]["sampling"]["ema_decay"] = 0.95
+    found = gate.gate(parsed(fake), "seed1-6", "tiny-6")
+    assert (found.verdict, found.candidate.weights) == ("PASS", "0.95 of train/seed1/step-6")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +254,7 @@ def test_the_gate_on_real_checkpoints(own: Project, inside: Enter, capsys: Captu
     for seed in (1, 2):
         for place, more in copy.deepcopy(seeded(f"seed{seed}", seed)).items():
             values[place] |= more
+    values["experiments"]["tiny"]["gate"] = {"max_blocks": 4}
     own.write_params(values)
     inside(own)
     cache = own.root / ".state" / "gate"
@@ -264,7 +267,9 @@ def test_the_gate_on_real_checkpoints(own: Project, inside: Enter, capsys: Captu
     status = cli.main(["gate", "seed1-6", "tiny-6"])
     printed = capsys.readouterr().out
     assert status in (0, 2, 3) and "block 0 of" not in printed
-    (verdict,) = history.query(kind="verdict")
+    assert cli.main(["gate", "tiny-6", "tiny-6"]) == 0
+    assert "PASS: tiny-6 against tiny-6: FID +0.000" in capsys.readouterr().out
+    (verdict, _) = history.query(kind="verdict")
     (calibration,) = history.query(kind="calibration")
     assert verdict["calibration"] == calibration["id"]
     assert verdict["candidate"]["fids"][:3] == calibration["retrains"][1]["fids"]
@@ -278,7 +283,6 @@ def test_the_gate_on_real_checkpoints(own: Project, inside: Enter, capsys: Captu
     lost.unlink()
     assert cli.main(["gate", "seed1-6", "tiny-6"]) == status
     assert capsys.readouterr().out.count("block 1 of tiny-6\n") == 1
-    torch.set_num_threads(1)
     assert lost.read_bytes() == before
 
     lost.write_bytes(before.replace(one.weights["stage2"].encode(), b"0" * 64))

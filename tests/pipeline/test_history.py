@@ -129,6 +129,35 @@ def test_an_unknown_metric_is_named(root: Path):
         history.query(root, metric="fdi")
 
 
+def test_a_record_of_before_there_were_costs_and_kinds_still_loads():
+    old = plain(record())
+    new = ("kind", "num_train", "train_seed", "num_steps", "gflops_paper", "gflops_true", "seconds")
+    for name in (*new, "images_per_second", "device", "previous"):
+        del old[name]
+    assert Record.model_validate(old) == record()
+
+
+def test_verdicts_and_calibrations_are_no_scores(root: Path):
+    for kind in ("verdict", "calibration"):
+        folder = root / history.FOLDERS[kind] / "tiny"
+        folder.mkdir(parents=True)
+        (folder / "v.json").write_text(json.dumps({"id": kind, "time": "2027", "experiment": "tiny", "stage": 2}))
+    assert len(history.query(root)) == 6
+    for kind in ("verdict", "calibration"):
+        assert ids(history.query(root, kind=kind)) == ids(history.query(root, kind=kind, stage="2")) == [kind]
+        assert history.query(root, kind=kind, experiment="other") == []
+    with pytest.raises(ValueError, match="a verdict has no metrics"):
+        history.query(root, kind="verdict", metric="fid")
+
+
+def test_probes_on_other_numbers_of_images_are_not_compared():
+    probes = [plain(record(extractor=None, stage="probe", num_train=count)) for count in (100, 100, 200)]
+    history.check_comparable(probes[:2])
+    with pytest.raises(ValueError, match="num_samples is 70 after 100 to fit or 70 after 200 to fit"):
+        history.check_comparable(probes)
+    assert history.setting(probes) == "70 images"
+
+
 def test_no_history_is_no_records(tmp_path: Path):
     assert history.query(tmp_path / "nothing") == []
 
