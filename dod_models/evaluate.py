@@ -1,5 +1,8 @@
 """Metrics on sets of features and on pixels, by torch-fidelity's per-metric functions (EVALUATION.md)."""
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -7,10 +10,62 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from dod_models.features import FeatureSet
+from dod_models.features import FeatureSet, MeanCov
+
+Vector = Float[np.ndarray, " D"]
+Matrix = Float[np.ndarray, "D D"]
+Root = Float[np.ndarray, "D r"]
+Rows = Float[np.ndarray, "N D"] | Float[torch.Tensor, "N D"]
 
 INCEPTION_SCORE_SPLITS = 10
 NEIGHBOURHOOD = 3  # k of precision and recall
+
+
+class PrecisionRecall(NamedTuple):
+    """Shares in [0, 1]: of generated images inside of the real manifold, of real ones inside of the generated one."""
+
+    precision: float
+    recall: float
+
+
+def check_count(count: int, width: int) -> None:
+    """ValueError unless there are more images than features."""
+    raise NotImplementedError
+
+
+def covariance_root(sigma: Matrix) -> Root:
+    """R (D, r) of full column rank with R R^T = sigma."""
+    raise NotImplementedError
+
+
+def frechet_distance(mu1: Vector, sigma1: Matrix, mu2: Vector, sigma2: Matrix, *, root2: Root | None = None) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians; `root2` is covariance_root(sigma2), where it is at hand."""
+    raise NotImplementedError
+
+
+def inception_score(logits: Rows, splits: int, shuffle: bool) -> float:
+    """Mean over splits of exp E KL(p(y|x) | p(y))."""
+    raise NotImplementedError
+
+
+def precision_recall(generated: Rows, real: Rows, k: int) -> PrecisionRecall:
+    """Improved precision and recall of two sets of features."""
+    raise NotImplementedError
+
+
+def kernel_distance(x: Rows, y: Rows, subset_size: int, num_subsets: int, seed: int) -> float:
+    """KID: the mean of unbiased MMD^2 over random subsets."""
+    raise NotImplementedError
+
+
+def ssim(images: UInt8[np.ndarray, "N H W C"], originals: UInt8[np.ndarray, "N H W C"]) -> Float[np.ndarray, " N"]:
+    """Each image's structural similarity."""
+    raise NotImplementedError
+
+
+def jackknife_error(parts: Sequence[MeanCov], statistic: Callable[[MeanCov], float]) -> float:
+    """Standard error of a statistic of all rows, by leaving out one of the equal parts at a time."""
+    raise NotImplementedError
 
 
 def statistics(features: torch.Tensor) -> dict[str, np.ndarray]:

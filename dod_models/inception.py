@@ -23,7 +23,7 @@ from dod_models.features import SPATIAL_CHANNELS, Extractor, FeatureSet
 NAME = "inception-2015-12-05"
 URL = port.URL_INCEPTION_V3
 WEIGHTS = URL.rsplit("/", 1)[1]
-# Its first eight digits are part of the file's name; HyperGAN and Hammer, among other public projects, pin the whole.
+# The file's name has its first eight digits. HyperGAN and snap-research/discoscene, among others, pin the whole.
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
