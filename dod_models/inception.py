@@ -21,6 +21,7 @@ from dod_models.config import local_copy
 from dod_models.features import SPATIAL_CHANNELS, Extractor, FeatureSet
 
 NAME = "inception-2015-12-05"
+WIDTH, SPATIAL_WIDTH = 2048, 17 * 17 * SPATIAL_CHANNELS
 URL = port.URL_INCEPTION_V3
 WEIGHTS = URL.rsplit("/", 1)[1]
 # The file's name has its first eight digits. HyperGAN and snap-research/discoscene, among others, pin the whole.
@@ -30,15 +31,13 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute in float32 on a GPU: TF32 keeps ten bits of it, which shows in a FID."""
-    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [switch.allow_tf32 for switch in switches]
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
     try:
-        for switch in switches:
-            switch.allow_tf32 = False
+        cudnn.allow_tf32 = matmul.allow_tf32 = False
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def network(state: dict[str, Tensor]) -> nn.Module:
