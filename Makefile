@@ -19,7 +19,7 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo ui demo-seeds bench-model test test-slow soak lint lock clean
+.PHONY: help setup demo ui demo-seeds bench-model verify-adm test test-slow soak lint lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ demo-seeds: setup ## the demo under three seeds, with guidance sweeps
 
 bench-model: setup ## DoD-B's training and sampling steps and its loader against naive ones and peers: 15 minutes
 	$(run) .venv/bin/python -m benchmarks.model
+
+verify-adm: setup ## our numbers of ADM's published samples beside ADM's: fetches 12 GB, wants a GPU
+	$(run) .venv/bin/python -m benchmarks.verify_adm
 
 test: setup ## the tests that need no accelerator, with the coverage gate
 	$(run) .venv/bin/python -m pytest -n 2 -m "not slow and not gpu" --benchmark-disable --cov
