@@ -63,7 +63,7 @@ EXPECTED = {
 
 
 def fetch(file: File, folder: Path) -> Path:
-    """The file in `folder`, fetched if it isn't there; what came of a fetch that broke off is kept. OSError if it does."""
+    """The file in `folder`, fetched if it isn't there; OSError if that breaks off, and the next attempt goes on."""
     target, partial = folder / file.name, folder / f".{file.name}.partial"
     if target.exists():
         return target

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class StoredArray(NamedTuple):
             file.read(1)
         return values.reshape(self.shape, order="F" if self.by_columns else "C")
 
-    def take(self, file: IO[bytes], numbers: int) -> bytearray:
+    def take(self, file: Any, numbers: int) -> bytearray:
         """The bytes of the next numbers."""
         data = bytearray(file.read(numbers * self.dtype.itemsize))  # writable, as torch wants it
         if len(data) != numbers * self.dtype.itemsize:
@@ -63,7 +63,7 @@ class StoredArray(NamedTuple):
         return data
 
 
-def read_header(file: IO[bytes], path: Path, name: str) -> StoredArray:
+def read_header(file: Any, path: Path, name: str) -> StoredArray:
     """What a .npy file says of itself, up to its first number; ValueError for objects, which only a pickle could be."""
     try:
         shape, by_columns, dtype = HEADERS[np.lib.format.read_magic(file)](file)

@@ -54,6 +54,7 @@ class Split:
 
     def __init__(self, images: ImageFolder, config: ReferenceConfig, *, count: int | None = None) -> None:
         self.images, self.config, self.rows = images, config, images.spread(count)
+        self.count = len(self.rows)
 
     @property
     def labels(self) -> torch.Tensor:
@@ -61,7 +62,8 @@ class Split:
         return torch.from_numpy(self.images.labels[self.rows])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        """How many blocks there are."""
+        return -(-self.count // BLOCK)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.images.blocks(size=self.config.image_size, channels=self.config.channels, rows=self.rows)
@@ -82,21 +84,21 @@ def build_reference(config: ReferenceConfig, *, dataset: Path, out: Path) -> dic
             save_file(net.state_dict(), folder.path / EXTRACTOR_FILE)
             digest = artifact.sha256_file(folder.path / EXTRACTOR_FILE)
             extractor: Extractor = small_net.SmallNetExtractor(net, digest)
-            real, some = measured(extractor, blocks, kept=some_of(len(train)))
-            facts["train_accuracy"] = accuracy(some, train.labels[some_of(len(train))])
+            real, some = measured(extractor, blocks, kept=some_of(train.count))
+            facts["train_accuracy"] = accuracy(some, train.labels[some_of(train.count)])
         else:
             state = inception.read_weights(inception.find_weights(config.weights), sha256=config.weights_sha256)
             save_file(state, folder.path / EXTRACTOR_FILE)
             extractor = inception.Inception(state, config.weights_sha256)
             if config.statistics is None:
-                real, some = measured(extractor, train, kept=some_of(len(train)))
+                real, some = measured(extractor, train, kept=some_of(train.count))
             else:
                 path = find_statistics(config.statistics)
                 origin["statistics"] = checked_digest(path, config.statistics_sha256)
                 real, some = published(extractor, path, size=config.image_size)
         real.save(folder.path / MOMENTS_FILE)
         some.save(folder.path / REAL_FILE)
-        held_out = extractor(tqdm(val, desc="features of held-out images", unit="block"))
+        held_out = extractor(iter(tqdm(val, desc="features of held-out images", unit="block")))
         held_out.save(folder.path / HELD_OUT_FILE)
         if config.extractor == "small-net":
             facts["accuracy"] = accuracy(held_out, val.labels)
@@ -145,7 +147,8 @@ def published(extractor: Extractor, path: Path, *, size: int) -> tuple[Real, Fea
         for name, shape in (("mu", (wide,)), ("sigma", (wide, wide)), ("mu_s", (places,)), ("sigma_s", (places,) * 2))
     }
     images = npz.find(path, "arr_0", shape=(None, size, size, 3), dtype=np.uint8)
-    some = extractor(tqdm(images.blocks(BLOCK), desc="features of published images", unit="block"))
+    total = -(-images.shape[0] // BLOCK)
+    some = extractor(iter(tqdm(images.blocks(BLOCK), desc="features of published images", unit="block", total=total)))
     pooled, spatial = Moments.of(arrays["mu"], arrays["sigma"]), Moments.of(arrays["mu_s"], arrays["sigma_s"])
     return Real(pooled, spatial, some.features), some
 
