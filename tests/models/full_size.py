@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch_fidelity import feature_extractor_inceptionv3
 
-from dod_models import inception
+from dod_models import inception, npz
 from dod_models.stable_diffusion import CONFIG, WEIGHTS
 
 PHOTOGRAPHS = Path(sklearn.datasets.__file__).parent / "images"  # china.jpg and flower.jpg, 640x427
@@ -58,7 +58,7 @@ def write_vae(folder: Path) -> Path:
 
 def write_inception(folder: Path) -> Path:
     """A file like torch-fidelity's of Inception's weights, but random, unless that was done; returns its path."""
-    path = folder / inception.WEIGHTS
+    path: Path = folder / inception.WEIGHTS
     if not path.exists():
         folder.mkdir()
         kind = feature_extractor_inceptionv3.FeatureExtractorInceptionV3
@@ -79,7 +79,7 @@ def write_statistics(path: Path, *, count: int, size: int) -> dict[str, np.ndarr
     for end, width in (("", inception.WIDTH), ("_s", inception.SPATIAL_WIDTH)):
         rows = rng.normal(size=(width, 5))
         arrays |= {f"mu{end}": rng.normal(size=width).astype(np.float32), f"sigma{end}": rows @ rows.T}
-    np.savez(path, **arrays)
+    npz.write(path, {name: npz.Column(a.shape, a.dtype.type, [a]) for name, a in arrays.items()})
     return arrays
 
 

@@ -117,8 +117,14 @@ def published_reference(inception_weights, tmp_path_factory):
     root = tmp_path_factory.mktemp("published")
     build_dataset(DatasetConfig(root=str(tiny.write_images(root / "images", per_class=2))), out=root / "dataset")
     arrays = full_size.write_statistics(root / STATISTICS, count=5, size=32)
-    given = {"weights": str(inception_weights), "weights_sha256": artifact.sha256_file(inception_weights)}
-    config = ReferenceConfig(extractor="inception", statistics=str(root), image_size=32, channels=3, **given)
+    config = ReferenceConfig(
+        extractor="inception",
+        weights=str(inception_weights),
+        weights_sha256=artifact.sha256_file(inception_weights),
+        statistics=str(root),
+        image_size=32,
+        channels=3,
+    )
     assert build_reference(config, dataset=root / "dataset", out=root / "reference") == {}
     return root, arrays, config
 
