@@ -19,10 +19,10 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo ui demo-seeds bench-model verify-adm test test-slow soak lint lock clean
+.PHONY: help setup demo ui demo-seeds bench-model verify-adm bench-evaluate test test-slow soak lint lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.installed .venv-dvc/.installed ## make .venv and .venv-dvc (another Python: PYTHON=python3.12)
 
@@ -37,6 +37,9 @@ demo-seeds: setup ## the demo under three seeds, with guidance sweeps
 
 bench-model: setup ## DoD-B's training and sampling steps and its loader against naive ones and peers: 15 minutes
 	$(run) .venv/bin/python -m benchmarks.model
+
+bench-evaluate: setup ## the metrics' errors on closed forms, their time and memory beside torch-fidelity's: 15 minutes
+	$(run) .venv/bin/python -m benchmarks.evaluate
 
 verify-adm: setup ## our numbers of ADM's published samples beside ADM's: fetches 12 GB, wants a GPU
 	$(run) .venv/bin/python -m benchmarks.verify_adm

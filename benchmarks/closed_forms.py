@@ -31,7 +31,13 @@ def turned(matrix: Matrix, rng: np.random.Generator) -> Matrix:
         axis /= np.linalg.norm(axis)
         matrix = matrix - np.outer(2 * axis, axis @ matrix)
         matrix = matrix - np.outer(matrix @ axis, 2 * axis)
-    return (matrix + matrix.T) / 2
+    return symmetric(matrix)
+
+
+def symmetric(matrix: Matrix) -> Matrix:
+    """The matrix without what rounding made unequal."""
+    half: np.ndarray = (matrix + matrix.T) / 2
+    return half
 
 
 def commuting(name: str, first: Vector, second: Vector, seed: int) -> Gaussians:
@@ -72,7 +78,7 @@ def mapped(name: str, variances: Vector, seed: int) -> Gaussians:
     image = stretch @ sigma @ stretch
     zero = np.zeros(len(variances))
     distance = np.trace(sigma) + np.trace(image) - 2 * np.sum(stretch * sigma)
-    return Gaussians(name, zero, sigma, zero, (image + image.T) / 2, float(distance))
+    return Gaussians(name, zero, sigma, zero, symmetric(image), float(distance))
 
 
 def line(width: int, seed: int) -> Gaussians:

@@ -21,12 +21,13 @@ from dod_models.features import MeanCov
 SHUFFLE_SEED = 2020  # torch-fidelity's, so that shuffled scores agree
 NEGATIVE = 1e-4  # of a covariance's largest variance: what a float32 sum leaves of a singular one is below it
 ROWS_AT_ONCE = 1024  # of precision and recall
-TIE = 1e-13  # of squared norms: the rounding of a difference of squares, and 50 times what was seen at width 2048
+TIE = 1e-13  # of squared norms: the rounding of a difference of squares, and ten times what was seen at width 2048
 IMAGES_AT_ONCE = 16  # of SSIM
 
 # Lengths that must be equal are checked by the functions themselves, in production too.
 Vector = Float[np.ndarray, " _"]
-Matrix = Root = Float[np.ndarray, "_ _"]
+Matrix = Float[np.ndarray, "_ _"]
+Root = Float[np.ndarray, "_ _"]
 Rows = Float[np.ndarray, "_ _"] | Float[Tensor, "_ _"]
 Images = UInt8[np.ndarray, "_ _ _ _"]
 Block = tuple[slice, Float[Tensor, "B D"], Float[Tensor, " B"]]

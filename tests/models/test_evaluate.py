@@ -88,8 +88,8 @@ def test_psnr_is_each_image_s_own():
 
 def test_psnr_agrees_with_torchmetrics():
     rebuilt, originals = images(0, 5, 8, 9, 3), images(1, 5, 8, 9, 3)
-    pair = (torch.from_numpy(given / 255.0) for given in (rebuilt, originals))
-    expected = peak_signal_noise_ratio(*pair, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    first, second = (torch.from_numpy(given / 255.0) for given in (rebuilt, originals))
+    expected = peak_signal_noise_ratio(first, second, data_range=1.0, dim=(1, 2, 3), reduction="none")
     assert psnr(rebuilt, originals) == pytest.approx(expected.numpy(), rel=1e-7)  # its ln 10 is float32
 
 
@@ -108,7 +108,8 @@ def test_ssim_agrees_with_scipy_s_filter(seed, height, width, channels):
     rebuilt, originals = images(seed, 2, height, width, channels), images(seed + 1, 2, height, width, channels)
 
     def mean(values: np.ndarray) -> np.ndarray:
-        return gaussian_filter(values, 1.5, axes=(1, 2), truncate=3.5, mode="mirror")  # 11 x 11
+        blurred: np.ndarray = gaussian_filter(values, 1.5, axes=(1, 2), truncate=3.5, mode="mirror")  # 11 x 11
+        return blurred
 
     x, y = rebuilt / 255, originals / 255
     products = 2 * mean(x) * mean(y), mean(x) ** 2 + mean(y) ** 2

@@ -35,7 +35,12 @@ def test_numpy_reads_what_was_written_in_blocks_without_pickle(path):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("count", [1, 5, 23, 100])
 def test_blocks_are_numpy_s_own_rows(tmp_path, save, count):
-    save(tmp_path / "theirs.npz", IMAGES, mu=np.array([1, 2], dtype=np.float32), sigma=np.asfortranarray([[1.0, 2.0], [3.0, 4.0]]))
+    save(
+        tmp_path / "theirs.npz",
+        IMAGES,
+        mu=np.array([1, 2], dtype=np.float32),
+        sigma=np.asfortranarray([[1.0, 2.0], [3.0, 4.0]]),
+    )
     arrays = npz.arrays_in(tmp_path / "theirs.npz")
     blocks = list(arrays["arr_0"].blocks(count))
     assert {len(block) for block in blocks[:-1]} <= {count}
