@@ -19,7 +19,7 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo ui demo-seeds bench-model bench-evaluate bench-gate test test-slow soak lint lock clean
+.PHONY: help setup demo ui demo-seeds bench-model bench-evaluate bench-gate verify-adm test test-slow soak lint lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ bench-evaluate: setup ## the metrics' errors on closed forms, their time and mem
 
 bench-gate: setup ## the gate's tolerance, false alarms and power on the demo, trained under six seeds: about an hour
 	$(run) .venv/bin/python -m benchmarks.gate
+
+verify-adm: setup ## our numbers of ADM's published samples beside ADM's: fetches 12 GB, wants a GPU
+	$(run) .venv/bin/python -m benchmarks.verify_adm
 
 test: setup ## the tests that need no accelerator, with the coverage gate
 	$(run) .venv/bin/python -m pytest -n 2 -m "not slow and not gpu" --benchmark-disable --cov

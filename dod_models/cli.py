@@ -51,7 +51,9 @@ STAGES = {
     "train": Stage("train", "TrainConfig", "fit", ("latents", "state")),
     "stage1": Stage("sample", "SampleConfig", "build_stage", ("checkpoint", "codec")),
     "stage2": Stage("sample", "SampleConfig", "build_stage", ("checkpoint", "previous", "codec")),
-    "metrics": Stage("score", "ScoreConfig", "build_metrics", ("reference", "codec", "stage1", "stage2")),
+    "metrics": Stage(
+        "score", "ScoreConfig", "build_metrics", ("checkpoint", "reference", "codec", "stage1", "stage2", "state")
+    ),
     "sweeps": Stage(
         "sweeps",
         "SweepConfig",
@@ -60,6 +62,7 @@ STAGES = {
     ),
     "trial": Stage("trial", "TrialConfig", "build_trial", ("checkpoint", "reference", "codec")),
     "generate": Stage("generate", "GenerateConfig", "generate", ("checkpoint", "codec")),
+    "export": Stage("export", "ExportConfig", "export", ("samples", "codec")),
     "fitv2": Stage("fitv2", "Fitv2Config", "convert", ("weights",)),
 }
 

@@ -16,10 +16,8 @@ from jaxtyping import Float, UInt8
 from scipy import linalg, special
 from torch import Tensor
 
-from dod_models.features import FeatureSet, MeanCov
+from dod_models.features import MeanCov
 
-INCEPTION_SCORE_SPLITS = 10
-NEIGHBOURHOOD = 3  # k of precision and recall
 SHUFFLE_SEED = 2020  # torch-fidelity's, so that shuffled scores agree
 NEGATIVE = 1e-4  # of a covariance's largest variance: what a float32 sum leaves of a singular one is below it
 ROWS_AT_ONCE = 1024  # of precision and recall
@@ -282,29 +280,3 @@ def _radii(rows: np.ndarray, centre: Vector, k: int) -> Float[Tensor, " N"]:
                 take(j, squared.T.contiguous())
             take(i, squared)
     return nearest.amax(dim=1)
-
-
-def statistics(features: Tensor) -> dict[str, np.ndarray]:
-    """Mean (D) and covariance (D, D) in float64; ValueError unless there are more images than features."""
-    check_count(*features.shape)
-    found = MeanCov(features.shape[1])
-    found.update(features)
-    return {"mu": found.mean, "sigma": found.covariance}
-
-
-def score(generated: FeatureSet, real: FeatureSet) -> dict[str, float]:
-    """FID, inception score, precision and recall of `generated` against the reference `real`.
-
-    Samples must not be sorted by class: the inception score is computed without a shuffle, as ADM does.
-    """
-    for name, values in (("generated", generated.features), ("reference", real.features)):
-        if not bool(values.isfinite().all()):
-            raise ValueError(f"features of the {name} images are not finite; look at the images they come from")
-    first, second = statistics(generated.features), statistics(real.features)
-    inside = precision_recall(generated.features, real.features, NEIGHBOURHOOD)
-    return {
-        "fid": frechet_distance(first["mu"], first["sigma"], second["mu"], second["sigma"]),
-        "inception_score": inception_score(generated.logits, INCEPTION_SCORE_SPLITS, False),
-        "precision": inside.precision,
-        "recall": inside.recall,
-    }

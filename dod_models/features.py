@@ -4,6 +4,7 @@ An extractor's numbers carry its name and the digest of its weights: those of di
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,90 +13,61 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dod_models import artifact, draws
-from dod_models.pixels import to_signal
 
-SCHEMA = "reference/1"
-EXTRACTOR_FILE = "extractor.safetensors"
+SCHEMA = "reference/2"
 ROWS_AT_ONCE = 4096  # of MeanCov.update: 67 MB at width 2048
+SPATIAL_CHANNELS = 7  # of a map of activations, for sFID: as many as ADM's suite takes
 
 
 class FeatureSet(NamedTuple):
-    """Features and class logits of N images."""
+    """Of N images: pooled features, spatial features (for sFID: places by channels, flattened), and class logits."""
 
     features: Float[Tensor, "N D"]
+    spatial: Float[Tensor, "N S"]
     logits: Float[Tensor, "N K"]
 
     def save(self, path: Path) -> None:
-        save_file({"features": self.features.contiguous(), "logits": self.logits.contiguous()}, path)
+        save_file({name: values.contiguous() for name, values in self._asdict().items()}, path)
+
+    @classmethod
+    def read(cls, path: Path) -> "FeatureSet":
+        """Read a file that `save` wrote."""
+        return cls(**load_file(path))
 
     @classmethod
     def load(cls, folder: Path, name: str, *, schema: str) -> "FeatureSet":
         """Read NAME from a finished output folder, its digest checked."""
         artifact.verify(folder, schema=schema, only=name)
-        tensors = load_file(folder / name)
-        return cls(tensors["features"], tensors["logits"])
+        return cls.read(folder / name)
 
     def mixed(self, count: int | None = None) -> "FeatureSet":
         """`count` images (all by default) in a fixed random order: the inception score fails on class-sorted sets."""
         order = draws.permutation(0, 0, len(self.features))[:count]
-        return FeatureSet(self.features[order], self.logits[order])
+        return FeatureSet(*(values[order] for values in self))
 
 
-class SmallNet(nn.Module):
-    """Four convolutions and a global average pool: bounded features, lest guidance be scored as harm."""
-
-    NAME = "small-net-64"
-    WIDTHS = (32, 48, 64, 64)
-
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        width_in = channels
-        for index, width in enumerate(self.WIDTHS):
-            stride = 1 if index == 2 else 2
-            layers += [nn.Conv2d(width_in, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            width_in = width
-        self.convolutions = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(0.2)
-        self.classify = nn.Linear(width_in, num_classes)
-
-    def features(self, signal: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        """Pooled features of images in [-1, 1]."""
-        pooled: Tensor = self.convolutions(signal).mean(dim=(2, 3))
-        return pooled
-
-    def forward(self, signal: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        logits: Tensor = self.classify(self.dropout(self.features(signal)))
-        return logits
+def joined(parts: Iterable[FeatureSet]) -> FeatureSet:
+    """The sets' images in order."""
+    columns = [list(column) for column in zip(*parts, strict=True)]
+    return FeatureSet(*(torch.cat(columns.pop(0)) for _ in FeatureSet._fields))  # pop: a column is held twice, not all
 
 
-class Extractor:
-    """A trained net with its name and the sha256 of its weights."""
+class Extractor(ABC):
+    """A net that features are taken from: its name, the sha256 of its weights, and what it makes of images."""
 
-    def __init__(self, net: SmallNet, digest: str) -> None:
-        self.net = net.eval().requires_grad_(False)
-        self.name, self.digest = net.NAME, digest
+    name: str
+    digest: str
 
-    @classmethod
-    def load(cls, reference: Path) -> "Extractor":
-        """Read the extractor of a finished stage `reference`."""
-        manifest = artifact.verify(reference, schema=SCHEMA, only=EXTRACTOR_FILE)
-        net = SmallNet(manifest["about"]["channels"], manifest["about"]["classes"])
-        net.load_state_dict(load_file(reference / EXTRACTOR_FILE))
-        return cls(net, manifest["files"][EXTRACTOR_FILE]["sha256"])
+    @abstractmethod
+    def part(self, pixels: UInt8[np.ndarray, "B H W C"]) -> FeatureSet:
+        """Features of a batch of images, on the CPU."""
 
-    @torch.inference_mode()
     def __call__(self, batches: Iterable[UInt8[np.ndarray, "_ H W C"]]) -> FeatureSet:
-        """Features and logits of all images of all batches, in order."""
-        features, logits = [], []
-        for pixels in batches:
-            signal = to_signal(pixels)
-            features.append(self.net.features(signal))
-            logits.append(self.net.classify(features[-1]))
-        return FeatureSet(torch.cat(features), torch.cat(logits))
+        """Features of all images of all batches, in order."""
+        return joined(self.part(pixels) for pixels in batches)
 
 
 class MeanCov:

@@ -1,92 +1,179 @@
-"""Stage `reference`: train the feature net on the data's own train split, and extract the real images' features.
+"""Stage `reference`: the feature extractor, and what it makes of the real images.
 
-Its numbers compare checkpoints of one data set with each other; they are not Inception's (EVALUATION.md).
+Inception with ADM's published statistics gives numbers that compare with other papers'; with our own training images
+they differ a little from those. The small net's compare checkpoints of one data set with each other only.
 """
 
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import trange
+from tqdm import tqdm
 
-from dod_models import artifact, draws
-from dod_models.config import Frozen
-from dod_models.features import EXTRACTOR_FILE, SCHEMA, Extractor, SmallNet
-from dod_models.images import ImageFolder
-from dod_models.pixels import to_signal
+from dod_models import artifact, draws, inception, npz, small_net
+from dod_models.config import local_copy
+from dod_models.evaluate import check_count
+from dod_models.evaluator import EXTRACTOR_FILE, HELD_OUT_FILE, MOMENTS_FILE, REAL_FILE, Moments, Real
+from dod_models.features import SCHEMA, Extractor, FeatureSet, MeanCov, joined
+from dod_models.images import BLOCK, ImageFolder
+
+log = logging.getLogger(__name__)
+
+SOME = 10_000  # real images whose features are kept for precision, recall and KID: as many as ADM publishes
+STATISTICS = "VIRTUAL_imagenet256_labeled.npz"
+STATISTICS_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/{STATISTICS}"
+SHA256_PATTERN = "^[0-9a-f]{64}$"
 
 
-class ReferenceConfig(Frozen):
-    """The images' size and the training of the feature net."""
+class ReferenceConfig(small_net.SmallNetConfig):
+    """Which extractor, which real images, and how the small net is trained."""
 
+    extractor: Literal["small-net", "inception"] = "small-net"
+    weights: str | None = None  # Inception's: file, folder or s3://BUCKET/PREFIX; None: torch hub's cache
+    weights_sha256: str = Field(inception.SHA256, pattern=SHA256_PATTERN)
+    statistics: str | None = None  # ADM's npz: file, folder or s3://BUCKET/PREFIX; None: the train split's own
+    statistics_sha256: str | None = Field(None, pattern=SHA256_PATTERN)  # None: recorded, not required
     image_size: PositiveInt = 32  # pixels
-    channels: PositiveInt = 1  # 1 grey, 3 RGB
-    num_images: PositiveInt | None = None  # of the train split, evenly spaced in the index; they are held in memory
-    epochs: PositiveInt = 14
-    batch_size: PositiveInt = 64
-    learning_rate: PositiveFloat = 4e-3  # peak of the one-cycle schedule
-    max_shift: int = Field(2, ge=0)  # pixels, augmentation
-    noise: float = Field(0.1, ge=0)  # standard deviation on [-1, 1], augmentation
-    seed: int = Field(0, ge=0)
+    num_images: PositiveInt | None = None  # of the train split, evenly spaced in the index; a small net holds them all
+
+    @model_validator(mode="after")
+    def check_statistics(self) -> "ReferenceConfig":
+        """ADM's statistics are Inception's."""
+        if self.extractor == "small-net" and (self.statistics or self.weights):
+            raise ValueError("weights and statistics are Inception's; set extractor: inception, or remove them")
+        return self
 
 
-def augment(signal: Tensor, rng: np.random.Generator, *, max_shift: int, noise: float) -> Tensor:
-    """Shift the whole batch by a few pixels, and add Gaussian noise."""
-    down, right = rng.integers(-max_shift, max_shift + 1, size=2)
-    shifted = signal.roll((int(down), int(right)), dims=(2, 3))
-    return shifted + noise * torch.from_numpy(rng.standard_normal(signal.shape, dtype=np.float32))
+class Split:
+    """Images of a split at the reference's size, in blocks, as often as asked."""
 
+    def __init__(self, images: ImageFolder, config: ReferenceConfig, *, count: int | None = None) -> None:
+        self.images, self.config, self.rows = images, config, images.spread(count)
+        self.count = len(self.rows)
 
-def train_net(config: ReferenceConfig, pixels: np.ndarray, labels: Tensor, num_classes: int) -> SmallNet:
-    """Train the classifier whose pooled activations are the features, on uint8 images (N, H, W, C)."""
-    with draws.seeded(config.seed, "feature net"):
-        net = SmallNet(config.channels, num_classes)
-        steps_per_epoch = len(pixels) // config.batch_size or 1
-        optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config.learning_rate, total_steps=config.epochs * steps_per_epoch
-        )
-        for epoch in trange(config.epochs, desc="feature net", unit="epoch"):
-            order = draws.permutation(config.seed, epoch, len(pixels))
-            rng = draws.generator(config.seed, "augment", epoch)
-            for step in range(steps_per_epoch):
-                rows = order[step * config.batch_size : (step + 1) * config.batch_size]
-                images = augment(to_signal(pixels[rows]), rng, max_shift=config.max_shift, noise=config.noise)
-                loss = F.cross_entropy(net(images), labels[rows], label_smoothing=0.05)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    return net
+    @property
+    def labels(self) -> torch.Tensor:
+        """Their classes."""
+        return torch.from_numpy(self.images.labels[self.rows])
+
+    def __len__(self) -> int:
+        """How many blocks there are."""
+        return -(-self.count // BLOCK)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.images.blocks(size=self.config.image_size, channels=self.config.channels, rows=self.rows)
 
 
 def build_reference(config: ReferenceConfig, *, dataset: Path, out: Path) -> dict[str, Any]:
-    """Make the extractor and the feature sets `train` and `val` of the real images; return its held-out accuracy."""
+    """Make the extractor, the moments of the real images, and the feature sets `train` (some) and `val` (all).
+
+    Returns the small net's accuracy on both sets.
+    """
     with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
-        train, val = (ImageFolder(dataset, split) for split in ("train", "val"))
-        rows, size, channels = train.spread(config.num_images), config.image_size, config.channels
-        blocks = list(train.blocks(size=size, channels=channels, rows=rows))
-        num_classes = len(train.classes)
-        labels = {"train": torch.from_numpy(train.labels[rows]), "val": torch.from_numpy(val.labels)}
-        net = train_net(config, np.concatenate(blocks), labels["train"], num_classes)
-        save_file(net.state_dict(), folder.path / EXTRACTOR_FILE)
-        extractor = Extractor(net, artifact.sha256_file(folder.path / EXTRACTOR_FILE))
-        accuracy = {}
-        for split, images in (("train", blocks), ("val", val.blocks(size=size, channels=channels))):
-            found = extractor(images)
-            found.save(folder.path / f"{split}.safetensors")
-            hits = found.logits.argmax(dim=1) == labels[split]
-            accuracy[split] = hits.double().mean().item()
+        images = ImageFolder(dataset, "train")
+        train, val = Split(images, config, count=config.num_images), Split(ImageFolder(dataset, "val"), config)
+        facts, origin = {}, {}
+        if config.extractor == "small-net":
+            blocks = list(train)
+            net = small_net.train_net(config, np.concatenate(blocks), train.labels, len(images.classes))
+            save_file(net.state_dict(), folder.path / EXTRACTOR_FILE)
+            digest = artifact.sha256_file(folder.path / EXTRACTOR_FILE)
+            extractor: Extractor = small_net.SmallNetExtractor(net, digest)
+            real, some = measured(extractor, blocks, kept=some_of(train.count))
+            facts["train_accuracy"] = accuracy(some, train.labels[some_of(train.count)])
+        else:
+            state = inception.read_weights(inception.find_weights(config.weights), sha256=config.weights_sha256)
+            save_file(state, folder.path / EXTRACTOR_FILE)
+            extractor = inception.Inception(state, config.weights_sha256)
+            if config.statistics is None:
+                real, some = measured(extractor, train, kept=some_of(train.count))
+            else:
+                path = find_statistics(config.statistics)
+                origin["statistics"] = checked_digest(path, config.statistics_sha256)
+                real, some = published(extractor, path, size=config.image_size)
+        real.save(folder.path / MOMENTS_FILE)
+        some.save(folder.path / REAL_FILE)
+        held_out = extractor(iter(tqdm(val, desc="features of held-out images", unit="block")))
+        held_out.save(folder.path / HELD_OUT_FILE)
+        if config.extractor == "small-net":
+            facts["accuracy"] = accuracy(held_out, val.labels)
         folder.about = {
-            "channels": config.channels,
-            "classes": num_classes,
             "image_size": config.image_size,
             "extractor": {"name": extractor.name, "digest": extractor.digest},
             "dataset": artifact.sha256_file(dataset / artifact.MANIFEST),
+            **origin,
         }
-    return {"accuracy": accuracy["val"], "train_accuracy": accuracy["train"]}
+    return facts
+
+
+def accuracy(found: FeatureSet, labels: torch.Tensor) -> float:
+    """The share of images whose class the net tells."""
+    return (found.logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def some_of(count: int) -> np.ndarray:
+    """Which of the real images' features are kept: all, or a fixed random choice."""
+    return np.sort(draws.permutation(0, 0, count)[:SOME])
+
+
+def measured(extractor: Extractor, blocks: Iterable[np.ndarray], *, kept: np.ndarray) -> tuple[Real, FeatureSet]:
+    """Moments of all images, one block of which is held at a time, and the features of those at the places `kept`."""
+    moments: list[MeanCov] = []
+    some, start = [], 0
+    for pixels in tqdm(blocks, desc="features of real images", unit="block"):
+        part = extractor.part(pixels)
+        moments = moments or [MeanCov(values.shape[1]) for values in (part.features, part.spatial)]
+        for moment, values in zip(moments, (part.features, part.spatial), strict=True):
+            moment.update(values)
+        inside = kept[(kept >= start) & (kept < start + len(pixels))] - start
+        some.append(FeatureSet(*(values[inside] for values in part)))
+        start += len(pixels)
+    check_count(start, max(moment.width for moment in moments))
+    pooled, spatial = (Moments.of(moment.mean, moment.covariance) for moment in moments)
+    found = joined(some)
+    return Real(pooled, spatial, found.features), found
+
+
+def published(extractor: Extractor, path: Path, *, size: int) -> tuple[Real, FeatureSet]:
+    """ADM's statistics of all training images, and the features of the images beside them; ValueError for others."""
+    wide, places = inception.WIDTH, inception.SPATIAL_WIDTH
+    arrays = {
+        name: npz.find(path, name, shape=shape, dtype=np.floating).read().astype(np.float64)
+        for name, shape in (("mu", (wide,)), ("sigma", (wide, wide)), ("mu_s", (places,)), ("sigma_s", (places,) * 2))
+    }
+    images = npz.find(path, "arr_0", shape=(None, size, size, 3), dtype=np.uint8)
+    total = -(-images.shape[0] // BLOCK)
+    some = extractor(iter(tqdm(images.blocks(BLOCK), desc="features of published images", unit="block", total=total)))
+    pooled, spatial = Moments.of(arrays["mu"], arrays["sigma"]), Moments.of(arrays["mu_s"], arrays["sigma_s"])
+    return Real(pooled, spatial, some.features), some
+
+
+def find_statistics(path: str) -> Path:
+    """ADM's npz: the file, or its place in a folder or s3:// prefix; FileNotFoundError says where it comes from."""
+    place = local_copy(path)
+    found = place / STATISTICS if place.is_dir() else place
+    if not found.is_file():
+        raise FileNotFoundError(
+            f"reference.statistics: {path}: no file {found}. It is published at {STATISTICS_URL}: save it there, set "
+            "reference.statistics to its file, folder or s3://BUCKET/PREFIX, or remove the setting to compare with "
+            "the training images themselves"
+        )
+    return found
+
+
+def checked_digest(path: Path, stated: str | None) -> str:
+    """The file's sha256; ValueError if another is required."""
+    digest = artifact.sha256_file(path)
+    if stated not in (None, digest):
+        raise ValueError(
+            f"{path}: sha256 is {digest}, reference.statistics_sha256 says {stated}: this is another file, or a "
+            "damaged one; fetch it again, or correct the setting"
+        )
+    if stated is None:
+        log.info(f"reference: sha256 of {path.name} is {digest}; reference.statistics_sha256 would pin it")
+    return digest

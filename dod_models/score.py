@@ -1,48 +1,139 @@
-"""Stage `metrics`: scores of a checkpoint's samples, beside two floors at the same count."""
+"""Stage `metrics`: scores of a checkpoint's samples, beside two floors at the same count.
 
+Samples are decoded and their features taken in shards, without a picture on disk; one of several processes takes every
+so many of them. A sample's features depend on its batch alone, and batches start at fixed places whatever the shards,
+on one thread of a CPU: the scores are the same for any number of processes.
+"""
+
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import PositiveInt
+from tqdm import tqdm
 
-from dod_models import artifact
+from dod_models import artifact, cost
+from dod_models.checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from dod_models.codec import RECONSTRUCTIONS, Codec
 from dod_models.codec import SCHEMA as CODEC_SCHEMA
-from dod_models.config import Frozen
-from dod_models.evaluator import Evaluator
+from dod_models.config import Frozen, Process, this_process
+from dod_models.evaluator import HELD_OUT_FILE, Evaluator, Gathered, check_samples
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
 from dod_models.features import FeatureSet
-from dod_models.sample import SCHEMA as SAMPLES_SCHEMA
-from dod_models.sample import Samples
+from dod_models.model import ModelConfig
+from dod_models.shards import Shards, one_thread
+from dod_models.stored import StoredSamples
 
 
 class ScoreConfig(Frozen):
     """What is compared with what."""
 
     num_samples: PositiveInt = 50_000  # of every generated set and of the floors: FID depends on it
+    shard_size: PositiveInt = 1000  # samples whose features are written at a time, rounded up to whole batches
 
 
-def floors(reference: Path, codec: Path, count: int) -> dict[str, FeatureSet]:
+class Part(NamedTuple):
+    """Samples whose features make one file."""
+
+    stage: str
+    rows: range
+
+    @property
+    def name(self) -> str:
+        """The file's name, which sorts as the rows do."""
+        return f"{self.stage}-{self.rows.start:08}.safetensors"
+
+
+class Work:
+    """The features under work: of which samples, and in which shards."""
+
+    def __init__(self, folder: Path, samples: dict[str, StoredSamples], codec: Codec, config: ScoreConfig) -> None:
+        self.shards, self.samples, self.codec, self.count = Shards(folder), samples, codec, config.num_samples
+        batch = next(iter(samples.values())).batch(codec)
+        self.size = -(-config.shard_size // batch) * batch
+
+    def parts(self, stage: str) -> list[Part]:
+        """A stage's samples in order."""
+        every = range(self.count)
+        return [Part(stage, every[start:][: self.size]) for start in every[:: self.size]]
+
+    def extract(self, evaluator: Evaluator, process: Process) -> None:
+        """Take the features of those of the process's parts that lack."""
+        mine = [part for stage in self.samples for part in self.parts(stage)][process.rank :: process.world]
+        wanted = [part for part in mine if not self.shards.has(part.name)]
+        total, lack = (sum(len(part.rows) for part in parts) for parts in (mine, wanted))
+        title = "score" if process.world == 1 else f"score, process 1 of {process.world}"
+        with tqdm(total=total, initial=total - lack, desc=title, unit="image", disable=process.rank > 0) as bar:
+            for part in wanted:
+                found = evaluator.features(self.decoded(part, bar))
+                self.shards.save(part.name, found.save)
+
+    def decoded(self, part: Part, bar: "tqdm[Any]") -> Iterator[np.ndarray]:
+        """A part's images in batches."""
+        for pixels in self.samples[part.stage].decoded(self.codec, part.rows):
+            yield pixels
+            bar.update(len(pixels))
+
+    def gathered(self, stage: str) -> Gathered:
+        """A stage's features, put together in the order of the samples."""
+        found = (FeatureSet.read(self.shards.out / part.name) for part in self.parts(stage))
+        return Gathered.of(found, count=self.count)
+
+
+def floors(reference: Path, codec: Path, count: int) -> Iterator[tuple[str, FeatureSet]]:
     """Held-out real images and their reconstructions, at most `count` of each."""
-    return {
-        "floor": FeatureSet.load(reference, "val.safetensors", schema=REFERENCE_SCHEMA).mixed(count),
-        "codec": FeatureSet.load(codec, RECONSTRUCTIONS, schema=CODEC_SCHEMA).mixed(count),
-    }
+    yield "floor", FeatureSet.load(reference, HELD_OUT_FILE, schema=REFERENCE_SCHEMA).mixed(count)
+    yield "codec", FeatureSet.load(codec, RECONSTRUCTIONS, schema=CODEC_SCHEMA).mixed(count)
 
 
 def build_metrics(
-    config: ScoreConfig, *, reference: Path, codec: Path, stage1: Path, stage2: Path, out: Path
+    config: ScoreConfig,
+    *,
+    checkpoint: Path,
+    reference: Path,
+    codec: Path,
+    stage1: Path,
+    stage2: Path,
+    state: Path,
+    out: Path,
 ) -> dict[str, Any]:
-    """FID, inception score, precision and recall of both stages and both floors, and how many images each one has."""
+    """Every metric of both stages and both floors, how many images each one has, and what a sample of a stage cost.
+
+    Features under work lie under `state`, keyed by config and inputs. Of several processes each one takes its share and
+    returns nothing; a process on its own takes what lacks and writes `out`.
+    """
     evaluator, decoder = Evaluator.load(reference), Codec.load(codec)
-    sets = floors(reference, codec, config.num_samples)
-    rows = {}
-    for name, folder in (("stage1", stage1), ("stage2", stage2)):
-        latents = Samples.load(folder).latents
-        sets[name] = evaluator.decoded(decoder, latents, config.num_samples, name=str(folder))
-    for name, found in sets.items():
-        rows[name] = {**evaluator.score(found), "num_samples": len(found.features)}
-    for name, folder in (("stage1", stage1), ("stage2", stage2)):
-        rows[name]["evaluations"] = artifact.read_manifest(folder, schema=SAMPLES_SCHEMA)["about"]["evaluations"]
-    artifact.write_json(out, rows)
+    samples = {"stage1": StoredSamples(stage1), "stage2": StoredSamples(stage2)}
+    for stored in samples.values():
+        check_samples(stored.count, config.num_samples, name=str(stored.folder))
+    inputs = [artifact.sha256_file(folder / artifact.MANIFEST) for folder in (reference, codec, stage1, stage2)]
+    key = hashlib.sha256("/".join([config.digest, *inputs]).encode()).hexdigest()[:32]
+    process = this_process()
+    alone = process.world == 1
+    with artifact.locked(state / key / ("out" if alone else f"process-{process.rank}")):
+        work = Work(state / key, samples, decoder, config)
+        with one_thread():
+            work.extract(evaluator, process)
+        if not alone:
+            return {}
+        artifact.forget_finished(state, but=key)
+        rows: dict[str, Any] = {}
+        for name, found in floors(reference, codec, config.num_samples):
+            rows[name] = {**evaluator.score(found), "num_samples": len(found.features)}
+        for name, spent in zip(samples, costs(checkpoint, samples), strict=True):
+            scores = evaluator.score_gathered(work.gathered(name))
+            rows[name] = {**scores, "num_samples": config.num_samples, **spent}
+        artifact.write_json(out, rows)
+        artifact.describe(work.shards.out, schema=REFERENCE_SCHEMA, config=config.digest, about={})
     return rows
+
+
+def costs(checkpoint: Path, samples: dict[str, StoredSamples]) -> list[dict[str, float]]:
+    """Evaluations of the network, and GFLOPs in both conventions, of a sample after each stage with all before it."""
+    model = artifact.read_manifest(checkpoint, schema=CHECKPOINT_SCHEMA)["about"]["model"]
+    config = ModelConfig.parse(model, place=str(checkpoint / artifact.MANIFEST))
+    stated = [stored.about for stored in samples.values()]
+    gflops = cost.per_sample(cost.describe(config), [cost.Spent.stated(about) for about in stated])
+    return [{"evaluations": about["evaluations"], **row} for about, row in zip(stated, gflops, strict=True)]

@@ -58,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, default=Path("grid.png"), metavar="FILE.png")
     generate.set_defaults(action=do_generate)
 
+    export = commands.add_parser("export", help="a stage's samples as the npz that ADM's evaluation suite reads")
+    export.add_argument("checkpoint", metavar="CHECKPOINT")
+    export.add_argument("file", type=Path, metavar="FILE.npz")
+    export.add_argument("--stage", type=int, choices=(1, 2), default=2)
+    export.set_defaults(action=do_export)
+
     accept = commands.add_parser(
         "accept", help="record that changed code left a stage's outputs right (dvc commit --force)"
     )
@@ -194,22 +200,17 @@ def do_models(given: argparse.Namespace) -> int:
 
 def do_generate(given: argparse.Namespace) -> int:
     """Sample the classes with the checkpoint's own settings, and write the picture."""
-    from dod_models import cli as computations
-    from dod_pipeline import stages
-    from dod_pipeline.config import load_params
+    from dod_pipeline import samples
 
-    params = load_params()
-    stages.check_key(params, "stage1", given.checkpoint)
-    inputs, _, _ = stages.paths(params, "stage1", given.checkpoint)
-    settings = {}
-    for name in ("stage1", "stage2"):
-        job = stages.resolve(params, name, given.checkpoint)
-        batch = min(len(given.classes) * given.per_class, job.config.model_dump()["batch_size"])
-        settings[name] = job.config.model_dump() | {"seed": given.seed, "batch_size": batch}
     shape = {"classes": given.classes, "num_stages": given.stages, "per_class": given.per_class}
-    config = json.dumps({**shape, **settings})
-    paths = [part for name, path in inputs.items() for part in (f"--{name}", str(path))]
-    return computations.main(["generate", "--config", config, "--out", str(given.out), *paths])
+    return samples.generate(given.checkpoint, shape=shape, seed=given.seed, out=given.out)
+
+
+def do_export(given: argparse.Namespace) -> int:
+    """Write a stage's images as ADM's npz."""
+    from dod_pipeline import samples
+
+    return samples.export(given.checkpoint, stage=given.stage, out=given.file)
 
 
 def do_accept(given: argparse.Namespace) -> int:

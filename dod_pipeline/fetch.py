@@ -51,9 +51,15 @@ def inputs(job: Job) -> None:
         if is_s3(root):
             fetch(root, belongs, again=False)
     if job.stage == "codec" and is_s3(settings["path"]):
-        from dod_models.stable_diffusion import CONFIG, WEIGHTS  # late: this imports torch
+        from dod_models.stable_diffusion import CONFIG, WEIGHTS  # late, as below: this imports torch
 
         fetch(settings["path"], {CONFIG, WEIGHTS}.__contains__, again=True)
+    if job.stage == "reference" and settings["extractor"] == "inception":
+        from dod_models import inception, reference
+
+        for place, name in (("weights", inception.WEIGHTS), ("statistics", reference.STATISTICS)):
+            if is_s3(settings[place]):
+                fetch(settings[place], {name}.__contains__, again=True)
 
 
 def is_s3(place: str | None) -> bool:

@@ -13,7 +13,8 @@ from dod_models import cli
 from dod_pipeline.lifeline import held
 from dod_pipeline.stages import Job
 
-SPLIT = ("train", "latents")  # the stages that several processes can share
+SHARDED = ("latents", "metrics")  # several processes make their shards, and the launching one puts them together
+SPLIT = ("train", *SHARDED)  # the stages that several processes can share
 
 # Environment: how many processes share such a stage on a machine, e.g. one for each GPU; for training also on how many
 # machines, each of which is told the same but for its own number, from 0; and where number 0 listens (host:port).
@@ -68,8 +69,8 @@ def run(job: Job) -> int:
     worker = held([sys.executable, "-m", "dod_models.cli", *job.arguments()])
     launcher = [sys.executable, "-m", "torch.distributed.run", *meeting, *options, *worker]
     code = wait_for(held(launcher), environment)
-    # Shards are encoded by all, and put together by this process: no one of them waits for another.
-    return cli.main(job.arguments()) if code == 0 and job.stage == "latents" else code
+    # Shards are made by all, and put together by this process: no one of them waits for another.
+    return cli.main(job.arguments()) if code == 0 and job.stage in SHARDED else code
 
 
 def wait_for(command: list[str], environment: dict[str, str]) -> int:

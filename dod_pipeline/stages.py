@@ -92,7 +92,7 @@ def paths(params: Params, stage: str, key: str) -> tuple[dict[str, Path], Path, 
         "stage2": samples / "stage2",
         "previous": samples / "stage1",
     }
-    inputs = {name: known[name] for name in COMPUTATIONS[stage].inputs}
+    inputs = {name: known[name] for name in COMPUTATIONS[stage].inputs if name != "state"} | state_of(stage, key)
     if stage in ("metrics", "sweeps"):  # beside each other: a report needs all of its experiment's
         name = f"{key}.json" if stage == "metrics" else f"{key}.sweep.json"
         return inputs, Path("metrics", item.experiment, name), None

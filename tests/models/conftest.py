@@ -47,3 +47,12 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with once(tmp_path_factory, "sd-vae") as folder:
         return write_vae(folder)
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file like torch-fidelity's of Inception's weights, the weights random; read only."""
+    from .full_size import write_inception
+
+    with once(tmp_path_factory, "inception") as folder:
+        return write_inception(folder)

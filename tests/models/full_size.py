@@ -1,16 +1,19 @@
-"""Things of the size that the paper works with: Stable Diffusion's VAE, and photographs."""
+"""Things of the size that the paper works with: Stable Diffusion's VAE, Inception, and photographs."""
 
 import hashlib
 import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import sklearn.datasets
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch_fidelity import feature_extractor_inceptionv3
 
+from dod_models import inception, npz
 from dod_models.stable_diffusion import CONFIG, WEIGHTS
 
 PHOTOGRAPHS = Path(sklearn.datasets.__file__).parent / "images"  # china.jpg and flower.jpg, 640x427
@@ -51,6 +54,33 @@ def write_vae(folder: Path) -> Path:
     named = {re.sub("|".join(OLD_NAMES), lambda m: OLD_NAMES[m[0]], name): w for name, w in weights.items()}
     save_file(named, folder / WEIGHTS)
     return folder
+
+
+def write_inception(folder: Path) -> Path:
+    """A file like torch-fidelity's of Inception's weights, but random, unless that was done; returns its path."""
+    path: Path = folder / inception.WEIGHTS
+    if not path.exists():
+        folder.mkdir()
+        kind = feature_extractor_inceptionv3.FeatureExtractorInceptionV3
+        torch.manual_seed(0)
+        with mock.patch.object(kind, "load_state_dict"):  # the layers' own random ones
+            net = inception.network({})
+        with torch.no_grad():
+            for weights in net.parameters():
+                weights.mul_(6**0.5 if weights.ndim == 4 else 1)  # lest the signal fade from layer to layer
+        torch.save(net.state_dict(), path)
+    return path
+
+
+def write_statistics(path: Path, *, count: int, size: int) -> dict[str, np.ndarray]:
+    """An npz file with the keys and shapes of ADM's reference, of few images and covariances of rank 5."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {"arr_0": rng.integers(0, 256, size=(count, size, size, 3), dtype=np.uint8)}
+    for end, width in (("", inception.WIDTH), ("_s", inception.SPATIAL_WIDTH)):
+        rows = rng.normal(size=(width, 5))
+        arrays |= {f"mu{end}": rng.normal(size=width).astype(np.float32), f"sigma{end}": rows @ rows.T}
+    npz.write(path, {name: npz.Column(a.shape, a.dtype.type, [a]) for name, a in arrays.items()})
+    return arrays
 
 
 def write_photographs(root: Path) -> Path:

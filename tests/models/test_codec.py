@@ -8,7 +8,8 @@ from dod_models import artifact
 from dod_models.artifact import DamagedError
 from dod_models.codec import SCHEMA, Codec, batch_size
 from dod_models.evaluate import psnr
-from dod_models.features import Extractor, FeatureSet
+from dod_models.evaluator import load_extractor
+from dod_models.features import FeatureSet
 from dod_models.fit_codec import CodecConfig, measure_scale, small_vae, train_vae
 from dod_models.images import ImageFolder
 from dod_models.pixels import to_pixels, to_signal
@@ -72,7 +73,7 @@ def test_the_loaded_codec_is_the_trained_one(pipeline, codec):
     stored = FeatureSet.load(pipeline.codec, "reconstructions.safetensors", schema=SCHEMA)
     originals = images(pipeline, "val")
     rebuilt = codec.decode(codec.encode(originals)[0])
-    assert torch.equal(Extractor.load(pipeline.reference)([rebuilt]).features, stored.features)
+    assert torch.equal(load_extractor(pipeline.reference)([rebuilt]).features, stored.features)
     assert pipeline.facts["codec"]["psnr"] == pytest.approx(psnr(rebuilt, originals).mean(), abs=1e-9)
 
 

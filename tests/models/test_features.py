@@ -1,57 +1,40 @@
-import numpy as np
 import pytest
 import torch
 
 from dod_models import artifact
 from dod_models.artifact import DamagedError
-from dod_models.features import SCHEMA, Extractor, FeatureSet, SmallNet
-
-rng = np.random.default_rng(0)
-IMAGES = rng.integers(0, 256, size=(20, 16, 16, 1), dtype=np.uint8)
+from dod_models.features import SCHEMA, FeatureSet, joined
 
 
-def net() -> SmallNet:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return SmallNet(1, 3)
-
-
-def test_features_ignore_how_images_are_batched():
-    """Batch norm and dropout are those of evaluation."""
-    extractor = Extractor(net(), "digest")
-    whole, parts = extractor([IMAGES]), extractor(np.array_split(IMAGES, 6))
-    torch.testing.assert_close(parts.features, whole.features, rtol=0, atol=1e-6)
-    torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=1e-6)
-    assert torch.equal(extractor([IMAGES]).logits, whole.logits)
-
-
-def test_logits_are_the_net_s_own_and_features_are_its_pooled_activations():
-    trained = net()
-    found = Extractor(trained, "digest")([IMAGES])
-    signal = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).float() / 127.5 - 1
-    torch.testing.assert_close(found.logits, trained(signal))
-    torch.testing.assert_close(found.features, trained.convolutions(signal).flatten(2).mean(dim=2))
-    assert found.features.min() >= 0  # behind a ReLU
+def feature_set(count: int) -> FeatureSet:
+    """Rows that tell their image."""
+    rows = torch.arange(count * 1.0)[:, None]
+    return FeatureSet(rows, 3 * rows.expand(-1, 4), 2 * rows)
 
 
 def test_sets_survive_the_disk_and_damage_is_named(tmp_path):
-    found = Extractor(net(), "digest")([IMAGES])
+    found = feature_set(20)
     with artifact.writing(tmp_path / "set", schema=SCHEMA, config="") as folder:
         found.save(folder.path / "val.safetensors")
     loaded = FeatureSet.load(tmp_path / "set", "val.safetensors", schema=SCHEMA)
-    assert torch.equal(loaded.features, found.features)
-    assert torch.equal(loaded.logits, found.logits)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, loaded, strict=True))
     path = tmp_path / "set" / "val.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"abcd")
     with pytest.raises(DamagedError, match=r"val.safetensors: sha256"):
         FeatureSet.load(tmp_path / "set", "val.safetensors", schema=SCHEMA)
 
 
-def test_mixing_keeps_features_and_logits_of_an_image_together_and_loses_none():
-    count = 50
-    sorted_set = FeatureSet(torch.arange(count * 1.0)[:, None], 2 * torch.arange(count * 1.0)[:, None])
+def test_mixing_keeps_what_belongs_to_an_image_together_and_loses_none():
+    sorted_set = feature_set(50)
     mixed = sorted_set.mixed()
     assert torch.equal(mixed.logits, 2 * mixed.features)
+    assert torch.equal(mixed.spatial, 3 * mixed.features.expand(-1, 4))
     assert torch.equal(mixed.features.sort(dim=0).values, sorted_set.features)
     assert not torch.equal(mixed.features, sorted_set.features)
     assert torch.equal(sorted_set.mixed(20).features, mixed.features[:20])  # the order is fixed
+
+
+def test_parts_are_joined_in_order():
+    whole = feature_set(10)
+    parts = [FeatureSet(*(values[rows] for values in whole)) for rows in (slice(0, 3), slice(3, 4), slice(4, 10))]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(joined(iter(parts)), whole, strict=True))

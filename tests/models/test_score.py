@@ -1,75 +1,206 @@
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import torch
 
+from dod_models import artifact, cost
+from dod_models.checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from dod_models.codec import SCHEMA as CODEC_SCHEMA
 from dod_models.codec import Codec
-from dod_models.evaluate import score
 from dod_models.evaluator import Evaluator
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
-from dod_models.features import Extractor, FeatureSet
+from dod_models.features import FeatureSet
+from dod_models.model import ModelConfig
 from dod_models.sample import Samples
 from dod_models.score import ScoreConfig, build_metrics, floors
 
+INPUTS = ("checkpoint", "reference", "codec", "stage1", "stage2")
+
 
 @pytest.fixture(scope="module")
-def real(pipeline):
-    return FeatureSet.load(pipeline.reference, "train.safetensors", schema=REFERENCE_SCHEMA)
+def evaluator(pipeline):
+    return Evaluator.load(pipeline.reference)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_a_stage_s_scores_are_those_of_its_decoded_samples(pipeline, real, stage):
+def test_a_stage_s_scores_are_those_of_its_decoded_samples(pipeline, evaluator, stage):
     images = Codec.load(pipeline.codec).decode(Samples.load(pipeline.root / stage).latents)
-    expected = score(Extractor.load(pipeline.reference)([images]), real)
-    evaluations = pipeline.facts[stage]["evaluations"]
     row = pipeline.facts["metrics"][stage]
-    assert row == pytest.approx({**expected, "num_samples": 70, "evaluations": evaluations}, rel=1e-5)
+    expected = evaluator.score(evaluator.features([images]))
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+    assert row["num_samples"] == 70
     assert json.loads((pipeline.root / "metrics").read_text()) == pipeline.facts["metrics"]
 
 
-def test_floors_are_held_out_images_and_their_reconstructions_at_equal_count(pipeline, real):
+def test_a_stage_s_cost_is_that_of_all_stages_up_to_it(pipeline):
+    model = artifact.read_manifest(pipeline.checkpoint, schema=CHECKPOINT_SCHEMA)["about"]["model"]
+    described = cost.describe(ModelConfig.model_validate(model))
+    rows = cost.per_sample(described, [cost.Spent(2), cost.Spent(2, 2)])  # two steps, the second stage's guided
+    for stage, row in zip(("stage1", "stage2"), rows, strict=True):
+        found = pipeline.facts["metrics"][stage]
+        assert found["evaluations"] == pipeline.facts[stage]["evaluations"]
+        assert {name: found[name] for name in row} == pytest.approx(row)
+
+
+def test_floors_are_held_out_images_and_their_reconstructions_at_equal_count(pipeline, evaluator):
+    taken = dict(floors(pipeline.reference, pipeline.codec, 70))
     for name, folder, file, schema in (
         ("floor", pipeline.reference, "val.safetensors", REFERENCE_SCHEMA),
         ("codec", pipeline.codec, "reconstructions.safetensors", CODEC_SCHEMA),
     ):
-        every = FeatureSet.load(folder, file, schema=schema)
-        taken = floors(pipeline.reference, pipeline.codec, 70)[name]
-        known = {row.numpy().tobytes() for row in every.features}
-        assert len({row.numpy().tobytes() for row in taken.features} & known) == len(
-            {r.numpy().tobytes() for r in taken.features}
-        )
+        known = {row.numpy().tobytes() for row in FeatureSet.load(folder, file, schema=schema).features}
+        found = {row.numpy().tobytes() for row in taken[name].features}
+        assert found <= known and len(taken[name].features) == 70
         row = pipeline.facts["metrics"][name]
-        assert row == pytest.approx({**score(taken, real), "num_samples": 70}, rel=1e-9)
+        assert row == pytest.approx({**evaluator.score(taken[name]), "num_samples": 70}, rel=1e-9)
 
 
 def test_floors_are_of_mixed_classes(pipeline):
     """The index is sorted by class: the first 70 of 90 would hold ten images of the last class."""
     every = FeatureSet.load(pipeline.reference, "val.safetensors", schema=REFERENCE_SCHEMA)
     place = {row.numpy().tobytes(): i for i, row in enumerate(every.logits)}
-    order = [place[row.numpy().tobytes()] for row in floors(pipeline.reference, pipeline.codec, 30)["floor"].logits]
+    taken = dict(floors(pipeline.reference, pipeline.codec, 30))["floor"]
+    order = [place[row.numpy().tobytes()] for row in taken.logits]
     assert np.bincount(np.array(order) // 30, minlength=3).min() >= 4
 
 
 def test_real_images_score_better_than_samples_of_a_model_that_barely_trained(pipeline):
     rows = pipeline.facts["metrics"]
-    assert rows["floor"]["fid"] < rows["codec"]["fid"] < rows["stage1"]["fid"]
+    for name in ("fid", "sfid", "kid"):
+        assert rows["floor"][name] < rows["codec"][name] < rows["stage1"][name]
 
 
 def test_too_few_samples_are_an_error(pipeline, tmp_path):
-    inputs = {name: pipeline.root / name for name in ("reference", "codec", "stage1", "stage2")}
     with pytest.raises(
         ValueError, match=r"stage1: 70 samples, evaluation\.num_samples is 80; sample more, or ask for fewer"
     ):
-        build_metrics(ScoreConfig(num_samples=80), **inputs, out=tmp_path / "metrics.json")
+        build(pipeline, tmp_path, ScoreConfig(num_samples=80))
+    assert list(tmp_path.iterdir()) == []
+
+
+# 70 samples in batches of 7: a shard takes whole batches, so these make five shards of 14 for each stage.
+SETTINGS = ScoreConfig(num_samples=70, shard_size=10)
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr("dod_models.codec.BATCH", 7)
+
+
+def build(pipeline, root, config=SETTINGS, name="metrics.json"):
+    """The stage with its work in progress below `root`; its facts."""
+    inputs = {name: getattr(pipeline, name) for name in INPUTS}
+    return build_metrics(config, **inputs, state=root / "state", out=root / name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pipeline, tmp_path_factory):
+    """Bytes of one process that nobody disturbed."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dod_models.codec.BATCH", 7)
+        build(pipeline, root)
+    return (root / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_number_of_processes_changes_no_byte(pipeline, undisturbed, small_batches, tmp_path, monkeypatch, world):
+    for rank in reversed(range(world)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert build(pipeline, tmp_path) == {}
+        assert not (tmp_path / "metrics.json").exists()
+        assert len(list(tmp_path.rglob("*.safetensors"))) == sum(s % world >= rank for s in range(10))
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(Evaluator, "features", None)  # nothing is left to do
+    build(pipeline, tmp_path)
+    assert (tmp_path / "metrics.json").read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("size", [1, 30, 1000])
+def test_the_size_of_a_shard_changes_nothing(pipeline, undisturbed, small_batches, tmp_path, size):
+    found = build(pipeline, tmp_path, ScoreConfig(num_samples=70, shard_size=size))
+    for stage, row in json.loads(undisturbed).items():
+        assert found[stage] == pytest.approx(row, rel=1e-12)
+
+
+# `python -m dod_models.cli` in a process that kills itself with SIGKILL when it comes to rename a certain file.
+DRIVER = """
+import os, signal, sys
+name, *arguments = sys.argv[1:]
+def die(event, details):
+    if event == "os.rename" and str(details[0]).endswith(name):
+        os.kill(os.getpid(), signal.SIGKILL)
+from dod_models import cli, codec
+codec.BATCH = 7
+sys.addaudithook(die)
+sys.exit(cli.main(arguments))
+"""
+
+
+def test_a_killed_run_goes_on_with_the_shards_that_lack(pipeline, undisturbed, small_batches, tmp_path, monkeypatch):
+    moment = (
+        "/done/.stage1-00000042.safetensors.json.partial"  # the shard is in place, but no note says that it is whole
+    )
+    words = [text for name in INPUTS for text in (f"--{name}", str(getattr(pipeline, name)))]
+    paths = ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "metrics.json"), *words]
+    command = [sys.executable, "-c", DRIVER, moment, "metrics", "--config", SETTINGS.canonical(), *paths]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=False)
+    assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "metrics.json").exists()
+    taken, features = [], Evaluator.features
+
+    def counted(self, batches):
+        taken.append(1)
+        return features(self, batches)
+
+    monkeypatch.setattr(Evaluator, "features", counted)
+    build(pipeline, tmp_path)
+    assert len(taken) == 7  # of ten: three of stage 1 were whole
+    assert (tmp_path / "metrics.json").read_bytes() == undisturbed
 
 
-def test_decoding_in_blocks_changes_nothing(pipeline, monkeypatch):
-    evaluator, codec = Evaluator.load(pipeline.reference), Codec.load(pipeline.codec)
-    latents = Samples.load(pipeline.stage1).latents
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(pipeline, undisturbed, small_batches, tmp_path, caplog):
+    build(pipeline, tmp_path)
+    (shard,) = tmp_path.glob("state/*/out/stage2-00000014.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    build(pipeline, tmp_path, name="again.json")
+    assert "making a shard again" in caplog.text and "stage2-00000014.safetensors: sha256 is" in caplog.text
+    assert (tmp_path / "again.json").read_bytes() == undisturbed
+
+
+def test_other_inputs_do_not_go_on_from_this_work_which_is_forgotten(pipeline, small_batches, tmp_path):
+    build(pipeline, tmp_path)
+    (before,) = (tmp_path / "state").iterdir()
+    shutil.copytree(pipeline.stage1, tmp_path / "stage1")
+    manifest = artifact.read_json(tmp_path / "stage1" / "manifest.json")
+    artifact.write_json(tmp_path / "stage1" / "manifest.json", manifest | {"config": "other"})
+    inputs = {name: getattr(pipeline, name) for name in INPUTS} | {"stage1": tmp_path / "stage1"}
+    build_metrics(SETTINGS, **inputs, state=tmp_path / "state", out=tmp_path / "other.json")
+    (after,) = (tmp_path / "state").iterdir()
+    assert after.name != before.name
+    artifact.forget_finished(tmp_path / "state")
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_a_second_process_of_the_same_rank_is_kept_out(pipeline, tmp_path):
+    build(pipeline, tmp_path)
+    (work,) = tmp_path.glob("state/*/out")
+    with artifact.locked(work), pytest.raises(BlockingIOError, match="another process is writing here"):
+        build(pipeline, tmp_path)
+
+
+def test_decoding_in_blocks_changes_no_more_than_a_grey_level(pipeline, evaluator, monkeypatch):
+    codec, latents = Codec.load(pipeline.codec), Samples.load(pipeline.stage1).latents
     whole = evaluator.decoded(codec, latents, 20, name="")
     monkeypatch.setattr("dod_models.codec.BATCH", 7)
     parts = evaluator.decoded(codec, latents, 20, name="")
-    torch.testing.assert_close(parts.features, whole.features, rtol=1e-3, atol=1e-3)  # one grey level
+    np.testing.assert_allclose(parts.features, whole.features, rtol=1e-3, atol=1e-3)

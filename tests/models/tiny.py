@@ -165,6 +165,7 @@ def pipeline(root: Path) -> Pipeline:
     data = {"dataset": root / "dataset"}
     measured = {"reference": root / "reference", "codec": root / "codec"}
     model = {"checkpoint": root / "train" / "step-8", "codec": root / "codec"}
+    stages = {"checkpoint": model["checkpoint"], "stage1": root / "stage1", "stage2": root / "stage2"}
     plan: list[tuple[str, dict[str, Any], dict[str, Path]]] = [
         ("dataset", {"root": str(images)}, {}),
         ("reference", {**size, "epochs": 8, "batch_size": 16, "max_shift": 1}, data),
@@ -177,7 +178,7 @@ def pipeline(root: Path) -> Pipeline:
         ("train", TRAIN, {"latents": root / "latents", "state": root / "state"}),
         ("stage1", SAMPLING, model),
         ("stage2", GUIDED, model | {"previous": root / "stage1"}),
-        ("metrics", {"num_samples": 70}, measured | {"stage1": root / "stage1", "stage2": root / "stage2"}),
+        ("metrics", {"num_samples": 70}, {**measured, **stages, "state": root / "metrics-state"}),
     ]
     facts = {}
     for name, values, inputs in plan:
