@@ -1,26 +1,27 @@
 """Reconstruction: stage 2 with real images' priors, compared with these very images (Fig. 4 left, Tables 2 and 3)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from torch_fidelity.metric_fid import fid_statistics_to_metric
 from tqdm import tqdm
 
 from dod_models import artifact
 from dod_models.codec import SCHEMA as CODEC_SCHEMA
 from dod_models.codec import Codec, batch_size
-from dod_models.evaluate import psnr, statistics
+from dod_models.evaluate import check_count, covariance_root, frechet_distance, psnr, ssim
 from dod_models.evaluator import Evaluator
-from dod_models.features import FeatureSet
+from dod_models.features import MeanCov
 from dod_models.flow import Latent
 from dod_models.images import ImageFolder
 from dod_models.model import DoD, Labels
 from dod_models.sample import Evaluations, SampleConfig, sample_stage
+
+Pixels = UInt8[np.ndarray, "_ H W C"]
 
 
 class Originals:
@@ -40,7 +41,7 @@ class Originals:
         """Their classes."""
         return torch.from_numpy(self.images.labels[self.rows])
 
-    def blocks(self) -> Iterator[UInt8[np.ndarray, "_ H W C"]]:
+    def blocks(self) -> Iterator[Pixels]:
         """Their pixels, as many at a time as go through the codec."""
         shape = {"size": self.size, "channels": self.codec.channels, "count": batch_size(self.size)}
         return self.images.blocks(**shape, rows=self.rows)
@@ -55,46 +56,47 @@ class Originals:
         return torch.cat(list(self.encoded()))
 
 
-class Similarity(NamedTuple):
-    """How alike reconstructions are to their originals: `psnr` in dB and `ssim` are means over the images."""
-
-    rfid: float
-    psnr: float
-    ssim: float
-
-
-def frechet_between(found: FeatureSet, real: FeatureSet) -> float:
-    """Frechet distance of two sets of features."""
-    one, two = statistics(found.features), statistics(real.features)
-    return float(fid_statistics_to_metric(one, two, False)["frechet_inception_distance"])
-
-
 class Reconstruction:
     """Reconstructs images, and compares them with the originals in an evaluator's features."""
 
     def __init__(self, originals: Originals, evaluator: Evaluator) -> None:
         self.originals, self.evaluator = originals, evaluator
 
+    def moments(self, blocks: Iterable[Pixels]) -> MeanCov:
+        """Mean and covariance of these images' features; ValueError where they are too few for an rFID."""
+        parts = (self.evaluator.features([pixels]).features for pixels in blocks)
+        first = next(parts)
+        found = MeanCov(first.shape[1])
+        for part in chain([first], parts):
+            found.update(part)
+        check_count(found.count, found.width)
+        return found
+
     @cached_property
-    def real(self) -> FeatureSet:
-        """Features of the originals."""
-        return self.evaluator.features(self.originals.blocks())
+    def real(self) -> tuple[MeanCov, np.ndarray]:
+        """Mean and covariance of the originals' features, and the covariance's root."""
+        found = self.moments(self.originals.blocks())
+        return found, covariance_root(found.covariance)
 
     def sample(self, model: DoD, config: SampleConfig, *, title: str) -> tuple[Latent, Evaluations]:
         """Stage 2 from the originals' own latents, under their classes, and the evaluations that it took."""
         labels, previous = self.originals.labels, self.originals.latents
         return sample_stage(model, config, stage=2, labels=labels, previous=previous, title=title)
 
-    def compare(self, latents: Latent, *, title: str) -> Similarity:
-        """rFID, PSNR and SSIM of these latents' images, which are held in memory block by block."""
+    def compare(self, latents: Latent, *, title: str) -> dict[str, float]:
+        """rFID against the originals, and means over the images of PSNR (dB) and SSIM, block by block in memory."""
         peaks: list[float] = []
         structures: list[float] = []
 
-        def rebuilt() -> Iterator[UInt8[np.ndarray, "_ H W C"]]:
-            pairs = zip(self.originals.codec.decode_all(latents), self.originals.blocks(), strict=True)
-            for found, wanted in tqdm(pairs, total=-(-len(latents) // batch_size(self.originals.size)), desc=title):
-                peaks.extend(psnr(found, wanted))
-                yield found
+        def rebuilt() -> Iterator[Pixels]:
+            with tqdm(total=len(latents), desc=title, unit="image") as bar:
+                pairs = zip(self.originals.codec.decode_all(latents), self.originals.blocks(), strict=True)
+                for found, wanted in pairs:
+                    peaks.extend(psnr(found, wanted))
+                    structures.extend(ssim(found, wanted))
+                    yield found
+                    bar.update(len(found))
 
-        distance = frechet_between(self.evaluator.features(rebuilt()), self.real)
-        return Similarity(distance, float(np.mean(peaks)), 0.0)
+        found, (real, root) = self.moments(rebuilt()), self.real
+        distance = frechet_distance(found.mean, found.covariance, real.mean, real.covariance, root2=root)
+        return {"rfid": distance, "psnr": float(np.mean(peaks)), "ssim": float(np.mean(structures))}

@@ -154,7 +154,7 @@ class Sweep:
         """The numbers of a reconstruction; what it would take to come by a prior is not counted."""
         model = self.model(variant.sampling.ema_decay)
         latents, own = self.reconstruction.sample(model, variant.sampling, title=title)
-        numbers = self.reconstruction.compare(latents, title=f"{title}, images")._asdict()
+        numbers = self.reconstruction.compare(latents, title=f"{title}, images")
         return {**numbers, "num_samples": len(latents), **self.price(variant, own, [])}
 
     def probe(self, config: ProbeConfig, *, title: str) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def build_sweeps(
             note = work / f"row-{number:03d}.json"
             if not note.exists():
                 title = f"row {number} of {len(names)}: {name}"
-                log.info(title)
+                log.info(f"sweeps: {title}")
                 artifact.write_json(note, sweep.row(name, title=title))
             table[name] = artifact.read_json(note)
         artifact.write_json(out, table)

@@ -1,29 +1,53 @@
-import pytest
+import os
+import shutil
+import signal
+import subprocess
+import sys
 
-from dod_models import artifact
+import numpy as np
+import pytest
+import torch
+
+from dod_models import artifact, cost
+from dod_models.checkpoint import load_checkpoint
+from dod_models.codec import Codec
+from dod_models.data import LatentShards
+from dod_models.evaluator import Evaluator
+from dod_models.images import ImageFolder
+from dod_models.probe import Features, exact
+from dod_models.sample import SampleConfig, Samples, sample_stage
 from dod_models.sweeps import SweepConfig, build_sweeps
 
 from . import tiny
+from .test_encode import DRIVER
+
+INPUTS = ("reference", "codec", "dataset", "latents", "stage1", "stage2")
 
 
-def sweep(pipeline, out, *rows):
-    values = {"num_samples": 70, "stage1": tiny.SAMPLING, "stage2": tiny.GUIDED, "rows": rows}
-    inputs = {name: pipeline.root / name for name in ("reference", "codec", "stage1")}
-    return build_sweeps(SweepConfig.model_validate(values), checkpoint=pipeline.checkpoint, **inputs, out=out)
+def settings(*rows, **others):
+    values = {"num_samples": 70, "stage1": tiny.SAMPLING, "stage2": tiny.GUIDED, "rows": rows, **others}
+    return SweepConfig.model_validate(values)
+
+
+def sweep(pipeline, root, *rows, **others):
+    """The table of the stage with its work in progress below `root`."""
+    inputs = {name: pipeline.root / name for name in INPUTS} | {"checkpoint": pipeline.checkpoint}
+    return build_sweeps(settings(*rows, **others), **inputs, state=root / "state", out=root / "sweeps.json")
 
 
 def test_a_row_of_the_sweep_that_changes_nothing_repeats_the_metrics(pipeline, tmp_path):
     table = sweep(
         pipeline,
-        tmp_path / "sweeps.json",
+        tmp_path,
         {"stage": 1, "guidance": 1.0},
-        {"stage": 2, "guidance": 2.0},
+        {"stage": 2, "guidance": [2.0]},
         {"stage": 2, "guidance": 3.0, "num_steps": 1, "null_branch": "label"},
         {"stage": 2, "guidance": 2.0, "guidance_interval": [0.25, 1.0]},
     )
     first, second, third, fourth = table.values()
-    assert first == pipeline.facts["metrics"]["stage1"]
-    assert second == pipeline.facts["metrics"]["stage2"]
+    for row, number in ((first, 1), (second, 2)):
+        assert row["kind"] == f"stage{number}" and row["guidance"] == number
+        assert pipeline.facts["metrics"][f"stage{number}"].items() <= row.items()
     assert second["evaluations"] == 2 + 4  # stage 1's too
     assert third["evaluations"] == 2 + 2
     assert third["fid"] != second["fid"]
@@ -32,6 +56,53 @@ def test_a_row_of_the_sweep_that_changes_nothing_repeats_the_metrics(pipeline, t
     names = ["stage2 guidance=3 euler steps=1 null=label", "stage2 guidance=2 euler steps=2 null=both t=0.25-1"]
     assert list(table)[2:] == names
     assert artifact.read_json(tmp_path / "sweeps.json") == table
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_row_states_the_gflops_of_a_sample(pipeline, tmp_path):
+    label = {"stage": 3, "guidance": 2.0, "null_branch": "label"}
+    table = sweep(pipeline, tmp_path, {"stage": 1, "guidance": 1.0}, label, {"stage": "reconstruction", "guidance": 2})
+    for kind, price in cost.describe(tiny.config())["gflops"].items():
+        one, two, lem = price["stage1"], price["stage2"], price["lem"]
+        found = [row[f"gflops_{kind}"] for row in table.values()]
+        second = lem + 2 * (two + one)
+        assert found == pytest.approx([2 * one, 2 * one + second + lem + 4 * two, second], rel=1e-12)
+
+
+def test_a_list_of_scales_is_a_row_for_each():
+    assert list(
+        settings({"stage": "reconstruction", "guidance": [1, 1.5]}, {"stage": 1, "guidance": [2]}).variants()
+    ) == [
+        "reconstruction guidance=1 euler steps=2",
+        "reconstruction guidance=1.5 euler steps=2 null=both",
+        "stage1 guidance=2 euler steps=2 null=both",
+    ]
+
+
+def test_stage_3_starts_from_the_samples_of_stage_2(pipeline, tmp_path):
+    (row,) = sweep(pipeline, tmp_path, {"stage": 3, "guidance": 2.0}).values()
+    model, _ = load_checkpoint(pipeline.checkpoint, decay=0.9)
+    previous, labels = Samples.load(pipeline.stage2)
+    guided = SampleConfig.model_validate(tiny.GUIDED)
+    latents, _ = sample_stage(model, guided, stage=3, labels=labels, previous=previous)
+    evaluator = Evaluator.load(pipeline.reference)
+    wanted = evaluator.score(evaluator.decoded(Codec.load(pipeline.codec), latents, 70, name="stage 3"))
+    assert wanted.items() <= row.items()
+    assert row["kind"] == "stage3" and row["evaluations"] == 2 + 4 + 4
+
+
+def test_the_probe_is_fitted_to_training_images_and_scored_on_held_out_ones(pipeline, tmp_path):
+    (row,) = sweep(pipeline, tmp_path, probe=True).values()
+    lem = load_checkpoint(pipeline.checkpoint, decay=0.9)[0].lem
+    shards, held_out, codec = LatentShards(pipeline.latents), ImageFolder(pipeline.dataset, "val"), pipeline.codec
+    (pixels,) = held_out.blocks(size=tiny.SIZE, channels=1)
+    latents = {"train": torch.from_numpy(shards.gather(range(90), [0] * 90)[:, 0].astype(np.float32))}
+    latents["test"] = Codec.load(codec).encode(pixels)[0]
+    with torch.no_grad():
+        rows = {split: lem.encode(z).flatten(1).numpy() for split, z in latents.items()}
+    train, test = Features(rows["train"], shards.labels.numpy()), Features(rows["test"], held_out.labels)
+    assert row == {"kind": "probe", "top1": exact(train, test), "num_train": 90, "num_test": 90}
+    assert row["top1"] > 0.5  # chance is a third
 
 
 @pytest.mark.parametrize(
@@ -39,10 +110,72 @@ def test_a_row_of_the_sweep_that_changes_nothing_repeats_the_metrics(pipeline, t
     [
         ({"stage": 2, "guidance": 2.0, "null_branch": "lable"}, "null_branch"),
         ({"stage": 2, "guidance": -1.0}, "guidance"),
+        ({"stage": 2, "guidance": [1.0, -1.0]}, "guidance"),
         ({"stage": 2, "guidance": 2.0, "guidance_interval": [0.5, 0.2]}, "guidance_interval"),
-        ({"stage": 3, "guidance": 2.0}, "stage"),  # it would start from stage 1
+        ({"stage": 4, "guidance": 2.0}, "stage"),  # nothing has its samples of stage 3
+        ({"stage": 1, "guidance": 2.0, "null_branch": "prior"}, "stage1 guidance=2 .*no prior to drop in stage 1"),
     ],
 )
-def test_a_row_that_cannot_be_sampled_is_refused(pipeline, tmp_path, row, message):
+def test_a_row_that_cannot_be_sampled_is_refused(row, message):
     with pytest.raises(ValueError, match=message):
-        sweep(pipeline, tmp_path / "sweeps.json", row)
+        settings(row)
+
+
+ROWS = (
+    {"stage": 1, "guidance": [1.0, 2.0]},
+    {"stage": 3, "guidance": 2.0},
+    {"stage": "reconstruction", "guidance": [1.0, 2.0]},
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pipeline, tmp_path_factory):
+    """The file of a sweep that nobody disturbed."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    sweep(pipeline, root, *ROWS, probe=True)
+    return (root / "sweeps.json").read_bytes()
+
+
+def test_a_killed_sweep_goes_on_with_the_rows_that_lack(pipeline, undisturbed, tmp_path, caplog):
+    inputs = {name: pipeline.root / name for name in INPUTS} | {"checkpoint": pipeline.checkpoint}
+    words = [text for name, path in inputs.items() for text in (f"--{name}", str(path))]
+    words += ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "sweeps.json")]
+    command = ["sweeps", "--config", settings(*ROWS, probe=True).canonical(), *words]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, "/.row-004.json.partial", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "sweeps.json").exists()
+    (work,) = (tmp_path / "state").iterdir()
+    assert len(list(work.glob("row-*.json"))) == 3
+    sweep(pipeline, tmp_path, *ROWS, probe=True)
+    assert (tmp_path / "sweeps.json").read_bytes() == undisturbed
+    told = [record.message for record in caplog.records if record.name == "dod_models.sweeps"]
+    assert told == [
+        "sweeps: row 4 of 6: reconstruction guidance=1 euler steps=2",
+        "sweeps: row 5 of 6: reconstruction guidance=2 euler steps=2 null=both",
+        "sweeps: row 6 of 6: probe",
+    ]
+    assert not (tmp_path / "state").exists()
+
+
+def test_other_inputs_or_settings_do_not_go_on_from_these_rows(pipeline, tmp_path, monkeypatch):
+    def stop(self, name, title):
+        if name == "probe":
+            raise OSError("stopped")
+        return {"kind": name}
+
+    monkeypatch.setattr("dod_models.sweeps.Sweep.row", stop)
+    for seed in (0, 1):
+        with pytest.raises(OSError, match="stopped"):
+            sweep(pipeline, tmp_path, {"stage": 1, "guidance": 1.0}, probe={"seed": seed})
+    assert len(list((tmp_path / "state").iterdir())) == 2
+    moved = tmp_path / "moved"
+    shutil.copytree(pipeline.root, moved, ignore=lambda *_: ["images"])
+    manifest = artifact.read_json(moved / "stage2" / "manifest.json")
+    artifact.write_json(moved / "stage2" / "manifest.json", manifest | {"config": "other"})
+    with pytest.raises(OSError, match="stopped"):
+        sweep(tiny.Pipeline(moved, {}), tmp_path, {"stage": 1, "guidance": 1.0}, probe={"seed": 1})
+    assert len(list((tmp_path / "state").iterdir())) == 3
