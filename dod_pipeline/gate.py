@@ -67,7 +67,7 @@ class Verdict(Comparison):
     upper: float
     level: float  # at which each of them was taken
     tolerance_from: str
-    calibration: str | None  # id of the calibration that was used
+    calibration: str | None  # id of the calibration that was found, whether it or the share of FID was larger
 
 
 class Calibration(Comparison):
@@ -153,7 +153,6 @@ def gate(params: Params, candidate: str, incumbent: str) -> Verdict:
             print(described(look), flush=True)
     if look.tolerance > calibrated:
         source = f"{paired.SHARE:.0%} of the incumbent's FID, which is more than {calibrated:.3f}: {source}"
-        calibration = None
     block_seeds = trials.block_seeds(seeds, len(look.candidate))
     return Verdict.model_validate(
         common("gate", ours, seeds=block_seeds, tolerance=look.tolerance)

@@ -158,20 +158,21 @@ def records(params: Params, job: Job) -> list[Record]:
             "num_samples": row.get("num_samples", row.get("num_test")),
             **{name: row.get(name) for name in FIELDS - {"num_samples"}},
             "train_seed": None if kind in ("floor", "codec") else checkpoint["about"]["seed"],
-            **origin(sampled, job),
+            **origin(sampled, job, kind),
             **measured_with(job, kind),
             **spent(params, job, name),
             "commit": commit,
         }
         if kind == "codec":
             values["weights"] = artifact.sha256_file(job.inputs["codec"] / artifact.MANIFEST)
-        elif sampled:
-            values["weights"] = checkpoint["files"][weights_file(sampled.sampling["ema_decay"])]["sha256"]
+        elif kind != "floor":
+            settings = sampled.sampling if sampled else job.config.model_dump()["stage2"]  # as a probe takes them
+            values["weights"] = checkpoint["files"][weights_file(settings["ema_decay"])]["sha256"]
         found.append(Record.model_validate(values))
     return found
 
 
-def origin(sampled: Sampled | None, job: Job) -> dict[str, Any]:
+def origin(sampled: Sampled | None, job: Job, kind: str) -> dict[str, Any]:
     """The fields that say how samples were drawn; None for what was not sampled."""
     if sampled is None:
         nothing = dict.fromkeys(("seed", "guidance", "sampler", "weights"))
@@ -183,7 +184,7 @@ def origin(sampled: Sampled | None, job: Job) -> dict[str, Any]:
         "sampler": sampler_name(sampling),
         "num_steps": sampling["num_steps"] if sampling["solver"] == "euler" else None,
         "config": sampled.config,
-        "previous": sampled.previous,
+        "previous": sampled.previous if kind.startswith("stage") else None,  # a reconstruction starts from real images
     }
 
 

@@ -81,8 +81,7 @@ def subject(params: Params, key: str) -> Subject:
     experiment = params.experiments[item.experiment]
     train: Settings = json.loads(trained(params, item.experiment).canonical())
     seed: int = train.pop("seed")
-    folders = stages.paths(params, "sweeps", key)[0]
-    inputs = {name: folders[name] for name in ("checkpoint", "reference", "codec")}
+    inputs, _, _ = stages.paths(params, "trial", key)
     sampling = {name: stages.resolve(params, name, key).config.model_dump(mode="json") for name in SAMPLED}
     evaluation = stages.resolve(params, "metrics", key).config.model_dump()
     files = manifest(inputs["checkpoint"])[0]["files"]
