@@ -20,16 +20,26 @@ from dod_pipeline import canvas, cli, history, ledger, plots
 from .test_history import SHA, record
 
 ROWS = [{"step": 50, "loss": 1.9, "samples": 3200}, {"step": 100, "loss": 0.5, "samples": 6400}]
-STAGES = {"stage 1": [(100, 2.0, None), (200, 1.5, None)], "stage 2": [(200, 0.5, None), (100, 1.0, None)]}
+STAGES: dict[str, list[canvas.Estimate]] = {
+    "stage 1": [(100, 2.0, None), (200, 1.5, None)],
+    "stage 2": [(200, 0.5, None), (100, 1.0, None)],
+}
 FLOORS = {"held-out": 0.04, "codec": 0.08}
 PLANE = {"stage 1": [(100, 0.6, 0.7)], "stage 2": [(100, 0.8, 0.65)]}
-PATH = {"stage 1": (0.5, 2.0, 0.1), "stage 2": (2.0, 1.0, 0.05)}  # GFLOPs, FID, its error
-VARIANTS = {"stage 1, guided": [(1.0, 1.4, None), (1.0, 1.2, 0.1)], "stage 3": [(4.0, 0.9, None)]}
-GUIDED = {
+PATH: dict[str, canvas.Estimate] = {"stage 1": (0.5, 2.0, 0.1), "stage 2": (2.0, 1.0, 0.05)}  # GFLOPs, FID, its error
+VARIANTS: dict[str, list[canvas.Estimate]] = {
+    "stage 1, guided": [(1.0, 1.4, None), (1.0, 1.2, 0.1)],
+    "stage 3": [(4.0, 0.9, None)],
+}
+GUIDED: dict[str, list[canvas.Estimate]] = {
     "stage 2": [(3.0, 0.9, None), (1.0, 2.0, 0.1), (2.0, 0.7, None)],
     "rFID": [(2.0, 0.5, None), (1.0, 0.4, None)],
 }
-BARS = {"stage 1": (2.0, 0.1), "stage 2": (1.0, None), "stage 3, guidance 1.5": (0.9, None)}
+BARS: dict[str, tuple[float, float | None]] = {
+    "stage 1": (2.0, 0.1),
+    "stage 2": (1.0, None),
+    "stage 3, guidance 1.5": (0.9, None),
+}
 
 
 def figures() -> dict[str, Figure]:
@@ -119,7 +129,8 @@ def test_a_wide_span_is_logarithmic_and_a_rate_never(metric: str, top: float, sc
 
 
 def test_an_error_becomes_the_95_percent_interval_of_its_own_point():
-    rows = {"stage 1": [(100, 2.0, 0.1), (200, 1.5, None)], "stage 2": [(200, 1.0, 0.05)]}
+    rows: dict[str, list[canvas.Estimate]] = {"stage 1": [(100, 2.0, 0.1), (200, 1.5, None)]}
+    rows["stage 2"] = [(200, 1.0, 0.05)]
     figure = plots.over_steps(rows, {}, metric="fid")
     assert np.array(intervals(figure)) == pytest.approx(
         np.array([[(100, 1.804), (100, 2.196)], [(200, 0.902), (200, 1.098)]])
@@ -164,7 +175,8 @@ def test_guidance_draws_every_series_in_order_and_rings_the_lowest():
 def test_bars_stand_on_zero_and_reach_their_values_with_the_floors_across():
     figure = plots.stage_bars(BARS, FLOORS)
     (axes,) = figure.axes
-    assert [(bar.get_y(), bar.get_height()) for bar in axes.patches] == [(0, 2.0), (0, 1.0), (0, 0.9)]
+    bars = [bar.get_path().get_extents(bar.get_patch_transform()) for bar in axes.patches]
+    assert [(bar.y0, bar.y1) for bar in bars] == [(0, 2.0), (0, 1.0), (0, 0.9)]
     assert curves(figure) == [[(0, 0.04), (1, 0.04)], [(0, 0.08), (1, 0.08)]]
     assert np.array(intervals(figure)) == pytest.approx(np.array([[(0, 1.804), (0, 2.196)]]))
     assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 2.196

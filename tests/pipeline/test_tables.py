@@ -54,6 +54,6 @@ def test_a_sweep_is_printed_by_kinds(capsys: Captured):
 
 
 def test_side_by_side_has_the_rows_with_fid_that_all_have(capsys: Captured):
-    both = {"stage2": OLD, "probe": {"kind": "probe", "top1": 0.5}}
+    both: dict[str, dict[str, Any]] = {"stage2": OLD, "probe": {"kind": "probe", "top1": 0.5}}
     tables.side_by_side({"one": both, "two": both | {"stage3": OLD}})
     assert cells(capsys.readouterr().out) == [["stage2", "-", "0.636", "0.636", "0.636"]]
