@@ -100,7 +100,7 @@ def probe(row: Mapping[str, Any]) -> str:
     return f"top-1 {100 * row['top1']:.1f} % of {row['num_test']:,} images, fitted on {row['num_train']:,}"
 
 
-def side_by_side(found: dict[str, dict[str, dict[str, float]]]) -> None:
+def side_by_side(found: dict[str, dict[str, dict[str, Any]]]) -> None:
     """FID of every row that all checkpoints have, a column for each one and their mean."""
     first, *others = found.values()
     names = [name for name, row in first.items() if "fid" in row and all(name in table for table in others)]

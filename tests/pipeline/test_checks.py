@@ -82,6 +82,16 @@ def test_scores_that_cannot_be_are_found(tmp_path: Path, row: str, fid: float, g
     assert all(text in found[name] for name, text in grounds.items())
 
 
+def test_metrics_beside_fid_may_be_negative_or_below_the_floors(tmp_path: Path):
+    """KID is unbiased, so real images' may be below zero; errors and costs are compared with nothing."""
+    more = {"fid_error": 0.001, "sfid": 0.05, "kid": -0.0001, "gflops_paper": 0.07}
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps({name: row | more for name, row in SCORES.items()}))
+    assert failed(checks.check_metrics(file)) == {}
+    file.write_text(json.dumps({name: row | more | {"kid": float("nan")} for name, row in SCORES.items()}))
+    assert set(failed(checks.check_metrics(file))) == {"finite"}
+
+
 def test_nothing_is_built_on_what_fails(
     own: Project, inside: Enter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
