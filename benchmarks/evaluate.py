@@ -6,13 +6,13 @@ the peak that a call adds to a fresh process, for each of both. Errors are divid
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -109,8 +109,9 @@ def manifolds(who: str, count: int, width: int) -> Call:
 
 
 def peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this process has had, in KiB; getrusage would begin with its parent's peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def added(who: str, count: int, width: int) -> int:
@@ -141,7 +142,7 @@ def main() -> None:
         call = manifolds(who, int(count), int(width))
         before = peak()
         call()
-        print((peak() - before) // 2**20)
+        print((peak() - before) // 2**10)
         return
     print(
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, numpy {np.__version__}"
