@@ -86,6 +86,9 @@ def place_of_copy(url: str) -> Path:
     return Path(os.environ.get(CACHE, ".state"), "s3", bucket, *prefix)
 
 
+STOPPED = 143  # exit status after SIGTERM, as a shell reports it
+
+
 class Process(NamedTuple):
     """This process among those that share a stage's work."""
 

@@ -7,14 +7,11 @@ on one thread of a CPU. More of its cores are for more processes.
 
 import hashlib
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import PositiveInt
 from tqdm import tqdm
 
@@ -24,6 +21,7 @@ from dod_models.codec import Codec, batch_size
 from dod_models.config import Frozen, Process, this_process
 from dod_models.data import SCHEMA, shard_name
 from dod_models.images import ImageFolder
+from dod_models.shards import Shards, one_thread
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +41,6 @@ class Sums(NamedTuple):
     numbers: int
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: how convolutions are split over several changes their last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def encode_batch(codec: Codec, pixels: np.ndarray, *, mirror: bool) -> np.ndarray:
     """uint8 (n, H, W, C) -> fp16 moments (n, views, 2, c, h, w)."""
     views = [pixels, np.ascontiguousarray(pixels[:, :, ::-1])] if mirror else [pixels]
@@ -67,11 +54,10 @@ def encode_batch(codec: Codec, pixels: np.ndarray, *, mirror: bool) -> np.ndarra
 
 
 class Work:
-    """The shards under work in `folder`: `out/` holds those that are whole, `done/` a note of each one's digest."""
+    """The images' latents under work, in shards."""
 
     def __init__(self, folder: Path, images: ImageFolder, config: EncodeConfig) -> None:
-        self.out, self.done, self.images, self.config = folder / "out", folder / "done", images, config
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.shards, self.images, self.config = Shards(folder), images, config
 
     def __len__(self) -> int:
         """How many shards there are."""
@@ -81,42 +67,25 @@ class Work:
         """The images of a shard."""
         return range(len(self.images))[shard * self.config.shard_size :][: self.config.shard_size]
 
-    def note(self, shard: int) -> Path:
-        """Where a whole shard's digest and sums stand."""
-        return self.done / f"{shard_name(shard)}.json"
-
     def has(self, shard: int) -> bool:
-        """Whether a shard is there; one that was damaged since is not."""
-        if not self.note(shard).exists():
-            return False
-        try:
-            artifact.check_file(self.out / shard_name(shard), artifact.read_json(self.note(shard))["sha256"])
-        except artifact.DamagedError as error:
-            log.warning(f"latents: encoding a shard again: {error}")
-            return False
-        return True
+        """Whether a shard is there and whole."""
+        return self.shards.has(shard_name(shard))
 
     def sums(self, shard: int) -> Sums:
         """What is known of a whole shard's numbers."""
-        return Sums(*artifact.read_json(self.note(shard))["sums"])
+        return Sums(*self.shards.stated(shard_name(shard))["sums"])
 
-    def save(self, name: str, array: np.ndarray) -> str:
-        """Put an array in place, whole; returns its file's digest."""
-        partial = self.out / f".{name}.partial"
-        with partial.open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = artifact.sha256_file(partial)
-        os.replace(partial, self.out / name)
-        return digest
-
-    def save_shard(self, shard: int, moments: np.ndarray) -> None:
-        """Put a shard in place, then its note."""
-        digest = self.save(shard_name(shard), moments)
+    def save(self, shard: int, moments: np.ndarray) -> None:
+        """Put a shard in place."""
         means = moments[:, :, 0].astype(np.float64)
         sums = Sums(float(means.sum()), float((means**2).sum()), means.size)
-        artifact.write_json(self.note(shard), {"sha256": digest, "sums": sums})
+        self.shards.save(shard_name(shard), partial(save_array, moments), sums=sums)
+
+
+def save_array(array: np.ndarray, path: Path) -> None:
+    """np.save, which would add a suffix to a path."""
+    with path.open("wb") as file:
+        np.save(file, array)
 
 
 def encode(work: Work, codec: Codec, process: Process, *, size: int) -> None:
@@ -135,7 +104,7 @@ def encode(work: Work, codec: Codec, process: Process, *, size: int) -> None:
             for pixels in work.images.blocks(**shape, rows=work.rows(shard)):
                 batches.append(encode_batch(codec, pixels, mirror=work.config.mirror))
                 bar.update(len(pixels))
-            work.save_shard(shard, np.concatenate(batches))
+            work.save(shard, np.concatenate(batches))
 
 
 def build_latents(config: EncodeConfig, *, dataset: Path, codec: Path, out: Path, state: Path) -> dict[str, Any]:
@@ -166,9 +135,9 @@ def build_latents(config: EncodeConfig, *, dataset: Path, codec: Path, out: Path
             "shard_size": config.shard_size,
             "codec": inputs[1],
         }
-        work.save("labels.npy", images.labels)
-        artifact.describe(work.out, schema=SCHEMA, config=config.digest, about=about)
-        artifact.publish(work.out, out)
+        work.shards.save("labels.npy", partial(save_array, images.labels))
+        artifact.describe(work.shards.out, schema=SCHEMA, config=config.digest, about=about)
+        artifact.publish(work.shards.out, out)
     return {"count": len(images), **summary([work.sums(shard) for shard in range(len(work))])}
 
 

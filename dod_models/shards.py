@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,17 +41,22 @@ class Shards:
         if not self.note(name).exists():
             return False
         try:
-            artifact.check_file(self.out / name, artifact.read_json(self.note(name))["sha256"])
+            artifact.check_file(self.out / name, self.stated(name)["sha256"])
         except artifact.DamagedError as error:
             log.warning(f"making a shard again: {error}")
             return False
         return True
 
-    def save(self, name: str, write: Callable[[Path], None]) -> None:
-        """Put a file in place, whole, then its note."""
+    def stated(self, name: str) -> dict[str, Any]:
+        """What the note of a whole file says of it."""
+        found: dict[str, Any] = artifact.read_json(self.note(name))
+        return found
+
+    def save(self, name: str, write: Callable[[Path], None], **facts: Any) -> None:
+        """Put a file in place, whole, then its note: its digest, and these facts."""
         partial = self.out / f".{name}.partial"
         write(partial)
         artifact.flush(partial)
         digest = artifact.sha256_file(partial)
         os.replace(partial, self.out / name)
-        artifact.write_json(self.note(name), {"sha256": digest})
+        artifact.write_json(self.note(name), {"sha256": digest, **facts})

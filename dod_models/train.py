@@ -22,6 +22,7 @@ from dod_models import artifact
 from dod_models.checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from dod_models.checkpoint import load_state, save_checkpoint, save_state
 from dod_models.compute import Processes, accelerator_for, synchronizing
+from dod_models.config import STOPPED
 from dod_models.data import LatentShards, TrainingDraws, draws_ahead
 from dod_models.flow import flow_loss, logit_normal, point_on_path
 from dod_models.record import Record, Row, check_ledger
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 SCHEMA = "train/2"
 STOPS = (signal.SIGTERM, signal.SIGINT)
-STOPPED = 143  # exit status after either, which a shell reports for SIGTERM
 
 
 def train_step(state: TrainState, draw: TrainingDraws) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import sys
 from types import FrameType
 
 from dod_models import cli
+from dod_models.config import STOPPED
 from dod_pipeline.lifeline import held
 from dod_pipeline.stages import Job
 
@@ -20,7 +21,6 @@ SPLIT = ("train", *SHARDED)  # the stages that several processes can share
 # machines, each of which is told the same but for its own number, from 0; and where number 0 listens (host:port).
 PROCESSES, MACHINES, MACHINE, MAIN = "DOD_PROCESSES", "DOD_MACHINES", "DOD_MACHINE", "DOD_MAIN"
 
-STOPPED = 143  # exit status after SIGTERM, as a shell reports it
 NOTICE = "100"  # seconds that processes have to save; a spot instance is taken away 120 seconds after the notice
 
 

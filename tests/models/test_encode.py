@@ -128,7 +128,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_encoded_again(pipeline, undisturb
     shard.unlink()
     shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     build(pipeline, tmp_path, "again")
-    assert "encoding a shard again" in caplog.text and "shard-00003.npy: sha256 is" in caplog.text
+    assert "making a shard again" in caplog.text and "shard-00003.npy: sha256 is" in caplog.text
     assert tiny.digests(tmp_path / "again") == tiny.digests(tmp_path / "latents") == undisturbed[0]
 
 
