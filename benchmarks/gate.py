@@ -58,6 +58,7 @@ def pairs(fids: Fids, *, step: int, calibrated: bool = True) -> list[Pair]:
                 calibrated=paired.calibrated_tolerance(others)[0] if calibrated else 0.0,
                 min_blocks=BLOCKS.min_blocks,
                 max_blocks=BLOCKS.max_blocks,
+                level=BLOCKS.level,
             )
             found.append(Pair(candidate, incumbent, last.ruling, len(last.candidate), last.tolerance))
     return found

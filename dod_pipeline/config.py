@@ -36,6 +36,7 @@ class Gate(Frozen):
     num_samples: PositiveInt | None = None  # of a block; None: as many as the evaluation's
     min_blocks: int = Field(3, ge=3)
     max_blocks: PositiveInt = 8
+    level: float = Field(0.05, gt=0, lt=0.5)  # of either bound at each look; 0.05 / 6 holds for all looks together
     tolerance: NonNegativeFloat | None = None  # FID; None: what the newest fitting calibration gave
 
     @model_validator(mode="after")

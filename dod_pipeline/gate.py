@@ -149,6 +149,7 @@ def gate(params: Params, candidate: str, incumbent: str) -> Verdict:
             calibrated=calibrated,
             min_blocks=settings.min_blocks,
             max_blocks=settings.max_blocks,
+            level=settings.level,
         ):
             print(described(look), flush=True)
     if look.tolerance > calibrated:

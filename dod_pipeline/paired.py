@@ -4,10 +4,9 @@ A block gives d = FID of the candidate - FID of the incumbent, both sampled from
 mean of d over all blocks that might be drawn. With one-sided t bounds for m, the candidate FAILs if the lower one is
 above the tolerance, and PASSes if the upper one is below it; otherwise another block is drawn, up to a limit.
 
-**The level.** EVALUATION.md's bounds hold 95 % at a single look. With looks after 3, 4, ... and 8 blocks, a candidate
-that is worse by exactly the tolerance would be failed in 12.9 % of cases (simulated; as many would be passed). So the
-5 % are divided by the number of looks (Bonferroni), which keeps either error below 5 % whatever the looks have in
-common: 2.8 % are left. With `max_blocks` equal to `min_blocks` there is one look, and it is EVALUATION.md's rule.
+**The level.** Each look has one-sided 95 % bounds (EVALUATION.md). With looks after 3, 4, ... and 8 blocks, a candidate
+that is worse by exactly the tolerance is failed in 12.9 % of cases, and passed in as many (simulated); at a level of
+0.05 / 6, one that asks for either error below 5 % over all looks (Bonferroni), in 2.8 %.
 
 **The tolerance.** The blocks say nothing of another training: a retrain under another seed has another m. Of R retrains
 of one configuration let s be the standard deviation of their mean FIDs. For two further retrains the difference of mean
@@ -21,7 +20,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-ERROR = 0.05  # of a FAIL at the tolerance, and of a PASS; of a fresh retrain to be worse than the calibrated tolerance
+ERROR = 0.05  # of a fresh retrain to be worse than the calibrated tolerance
 SHARE = 0.02  # of the incumbent's FID: the least tolerance (EVALUATION.md)
 RETRAINS = 3  # the least that can be calibrated with
 
@@ -61,11 +60,6 @@ def bounds(values: Sequence[float], level: float) -> tuple[float, float]:
     return mean - reach, mean + reach
 
 
-def level_of(min_blocks: int, max_blocks: int) -> float:
-    """The level of each look, so that all of them together keep `ERROR`."""
-    return ERROR / (max_blocks - min_blocks + 1)
-
-
 def rule(differences: Sequence[float], *, tolerance: float, level: float) -> tuple[Ruling, float, float]:
     """The ruling on these blocks, and the bounds."""
     lower, upper = bounds(differences, level)
@@ -73,7 +67,9 @@ def rule(differences: Sequence[float], *, tolerance: float, level: float) -> tup
     return ruling, lower, upper
 
 
-def looks(candidate: Fid, incumbent: Fid, *, calibrated: float, min_blocks: int, max_blocks: int) -> Iterator[Look]:
+def looks(
+    candidate: Fid, incumbent: Fid, *, calibrated: float, min_blocks: int, max_blocks: int, level: float
+) -> Iterator[Look]:
     """Draw blocks 0, 1, ..., and look after each one from `min_blocks` on, until it is decided or `max_blocks` are
     drawn: the last look holds the verdict.
 
@@ -81,7 +77,7 @@ def looks(candidate: Fid, incumbent: Fid, *, calibrated: float, min_blocks: int,
     """
     ours: list[float] = []
     theirs: list[float] = []
-    level, tolerance = level_of(min_blocks, max_blocks), calibrated
+    tolerance = calibrated
     for block in range(max_blocks):
         theirs.append(incumbent(block))
         ours.append(candidate(block))

@@ -12,6 +12,7 @@ from dod_pipeline import paired
 from dod_pipeline.paired import Look
 
 FINITE = st.floats(-1e3, 1e3)
+EACH, TOGETHER = 0.05, 0.05 / 6  # levels of a look
 
 
 def last(found: Iterator[Look]) -> Look:
@@ -20,7 +21,13 @@ def last(found: Iterator[Look]) -> Look:
 
 
 def judge(
-    differences: Sequence[float], *, calibrated: float = 1.0, incumbent: float = 10.0, least: int = 3, most: int = 8
+    differences: Sequence[float],
+    *,
+    calibrated: float = 1.0,
+    incumbent: float = 10.0,
+    least: int = 3,
+    most: int = 8,
+    level: float = EACH,
 ) -> Look:
     """The verdict on a candidate that differs so from an incumbent that has the same FID in every block."""
     return last(
@@ -30,6 +37,7 @@ def judge(
             calibrated=calibrated,
             min_blocks=least,
             max_blocks=most,
+            level=level,
         )
     )
 
@@ -58,8 +66,8 @@ def test_bounds_move_with_the_differences_and_turn_with_their_sign(values: list[
 
 
 def test_one_look_is_the_rule_as_it_is_written():
-    assert paired.level_of(5, 5) == 0.05
-    assert paired.level_of(3, 8) == 0.05 / 6
+    look = judge([1.0, 2.0, 3.0], most=3)
+    assert (look.lower, look.upper) == pytest.approx(paired.bounds([1.0, 2.0, 3.0], 0.05))
 
 
 def test_a_candidate_that_is_clearly_worse_fails_at_the_first_look():
@@ -84,7 +92,9 @@ def test_blocks_are_drawn_until_it_is_decided_and_no_more():
         drawn.append(block)
         return 10.0 + [0.0, 3.0, 1.5, 0.2, 0.1, 0.0, 0.1, 0.0][block]
 
-    found = list(paired.looks(candidate, lambda block: 10.0, calibrated=3.0, min_blocks=3, max_blocks=8))
+    found = list(
+        paired.looks(candidate, lambda block: 10.0, calibrated=3.0, min_blocks=3, max_blocks=8, level=TOGETHER)
+    )
     assert [look.ruling for look in found] == ["INCONCLUSIVE"] * (len(found) - 1) + ["PASS"]
     assert [len(look.candidate) for look in found] == list(range(3, len(drawn) + 1)) and 3 < len(drawn) < 8
     assert drawn == list(range(len(drawn)))
@@ -118,29 +128,29 @@ def rates(*, mean: float, level: float, trials: int = 20_000) -> dict[str, float
 
 
 def test_the_simulation_rules_as_the_gate_does():
-    rng, level = np.random.default_rng(1), paired.level_of(3, 8)
+    rng, level = np.random.default_rng(1), TOGETHER
     for values in rng.normal(1, 1, (40, 8)):
-        look = judge(list(values), calibrated=1.0, incumbent=0.0)
+        look = judge(list(values), calibrated=1.0, incumbent=0.0, level=level)
         counts = [paired.rule(list(values[:n]), tolerance=1.0, level=level)[0] for n in range(3, 9)]
         decided = [ruling for ruling in counts if ruling != "INCONCLUSIVE"]
         assert look.ruling == (decided[0] if decided else "INCONCLUSIVE")
 
 
 def test_repeated_looks_at_five_percent_would_err_in_thirteen():
-    found = rates(mean=0.0, level=paired.ERROR)
+    found = rates(mean=0.0, level=EACH)
     assert found["FAIL"] == pytest.approx(0.129, abs=0.01)
     assert found["PASS"] == pytest.approx(0.129, abs=0.01)
 
 
 def test_divided_over_the_looks_either_error_stays_below_five_percent():
-    found = rates(mean=0.0, level=paired.level_of(3, 8))
+    found = rates(mean=0.0, level=TOGETHER)
     assert found["FAIL"] == pytest.approx(0.028, abs=0.005)
     assert found["PASS"] == pytest.approx(0.028, abs=0.005)
 
 
 def test_the_gate_sees_a_difference_of_three_standard_deviations():
-    assert rates(mean=3.0, level=paired.level_of(3, 8))["FAIL"] > 0.99
-    assert rates(mean=-3.0, level=paired.level_of(3, 8))["PASS"] > 0.99
+    assert rates(mean=3.0, level=TOGETHER)["FAIL"] > 0.99
+    assert rates(mean=-3.0, level=TOGETHER)["PASS"] > 0.99
 
 
 @pytest.mark.parametrize("retrains", [3, 6])
