@@ -5,11 +5,13 @@ Two equal runs differ in nothing but these.
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import NonNegativeFloat, PositiveInt
 
 from dod_models.config import Frozen
-from dod_pipeline import ledger
+from dod_pipeline import ledger, stages
+from dod_pipeline.config import Params
 from dod_pipeline.stages import Job
 
 COSTS = ledger.HISTORY / "costs"
@@ -56,3 +58,23 @@ def newest(job: Job, root: Path = COSTS) -> Cost | None:
     paths = folder(root, job.stage, job.key).glob("*.json")
     found = [cost for cost in map(Cost.load, map(str, paths)) if cost.config == job.config.digest]
     return max(found, key=lambda cost: (cost.time, cost.id), default=None)
+
+
+class Pace(NamedTuple):
+    """How fast samples came about, all stages counted."""
+
+    seconds: float
+    images_per_second: float
+    device: str
+
+
+def pace(params: Params, checkpoint: str, *, stage: int, root: Path = COSTS) -> Pace | None:
+    """What a checkpoint's samples took up to a stage, under the present settings; None where a part is not recorded."""
+    jobs = [stages.resolve(params, f"stage{number}", checkpoint) for number in range(1, stage + 1)]
+    found = [cost for job in jobs if (cost := newest(job, root)) is not None]
+    seconds = sum(cost.seconds for cost in found)
+    if len(found) < len(jobs) or seconds == 0:
+        return None
+    devices = {f"{cost.processes} x {cost.device}" if cost.processes > 1 else cost.device for cost in found}
+    count = jobs[-1].config.model_dump()["num_samples"]
+    return Pace(round(seconds, 3), round(count / seconds, 3), ", ".join(sorted(devices)))

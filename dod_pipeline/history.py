@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, Po
 
 from dod_models import artifact
 from dod_models.config import Frozen
-from dod_pipeline import costs, stages
+from dod_pipeline import costs
 from dod_pipeline.config import Params
 from dod_pipeline.ledger import HISTORY, current_commit, write_once
 from dod_pipeline.stages import Job
@@ -109,18 +109,11 @@ def samplings(job: Job) -> dict[str, Sampled]:
 
 
 def spent(params: Params, job: Job, name: str) -> dict[str, Any]:
-    """Seconds, images per second and device of a row's sampling, from what its stages took under their present
-    settings; nothing where one of them is unknown, as in a sweep, whose rows are not timed one by one."""
+    """The fields that say what a row's sampling took; nothing for a sweep, whose rows are not timed one by one."""
     if job.stage != "metrics" or name not in ("stage1", "stage2"):
         return {}
-    sampled = [stages.resolve(params, stage, job.key) for stage in ("stage1", "stage2")[: int(name[-1])]]
-    found = [cost for one in sampled if (cost := costs.newest(one)) is not None]
-    seconds = sum(cost.seconds for cost in found)
-    if len(found) < len(sampled) or seconds == 0:
-        return {}
-    devices = {f"{cost.processes} x {cost.device}" if cost.processes > 1 else cost.device for cost in found}
-    rate = sampled[-1].config.model_dump()["num_samples"] / seconds
-    return {"seconds": round(seconds, 3), "images_per_second": round(rate, 3), "device": ", ".join(sorted(devices))}
+    pace = costs.pace(params, job.key, stage=int(name[-1]))
+    return {} if pace is None else pace._asdict()
 
 
 def measured_with(job: Job, kind: str) -> dict[str, Any]:

@@ -152,7 +152,10 @@ def page(subject: Subject) -> str:
         train=subject.job("train", subject.key).config.model_dump(mode="json"),
         params=described["params"],
         gflops=described["gflops"],
-        paces={name: paces(subject, name) for name in subject.scores},
+        paces={
+            name: {f"stage{number}": costs.pace(subject.params, name, stage=number) for number in (1, 2)}
+            for name in subject.scores
+        },
         settings=settings(subject),
         costs=spent,
         seconds=sum(found.seconds for *_, found in spent if found),
@@ -217,18 +220,6 @@ def model(subject: Subject) -> dict[str, Any]:
     """Parameters and GFLOPs of the experiment's model."""
     config = subject.job("train", subject.key).config.model_dump()["model"]
     return cost.describe(ModelConfig.parse(config, place=f"params.yaml: train of {subject.key}"))
-
-
-def paces(subject: Subject, checkpoint: str) -> dict[str, tuple[float, float] | None]:
-    """Seconds that the samples took up to each stage, and images per second; None where they were not recorded."""
-    found: dict[str, tuple[float, float] | None] = {}
-    total: float | None = 0.0
-    for stage in ("stage1", "stage2"):
-        spent = costs.newest(subject.job(stage, checkpoint))
-        total = None if total is None or spent is None else total + spent.seconds
-        count = subject.manifest(stage, checkpoint)["about"]["sampling"]["num_samples"]
-        found[stage] = (total, count / total) if total else None
-    return found
 
 
 def leaves(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
