@@ -48,11 +48,12 @@ def check_samples(folder: Path) -> list[Outcome]:
 
 
 def check_metrics(file: Path) -> list[Outcome]:
-    """Finite numbers, and an FID of real held-out images below that of every stage."""
+    """Finite numbers, and an FID of real held-out images below that of every set of as many images."""
     scores = artifact.read_json(file)
     odd = [f"{row}.{name}" for row, found in scores.items() for name, x in found.items() if not math.isfinite(x)]
-    floor = scores["floor"]["fid"]
-    under = [f"{row} {found['fid']:.4g}" for row, found in scores.items() if row != "floor" and found["fid"] <= floor]
+    floor, count = scores["floor"]["fid"], scores["floor"].get("num_samples")
+    others = {row: x["fid"] for row, x in scores.items() if row != "floor" and x.get("num_samples") == count}
+    under = [f"{row} {fid:.4g}" for row, fid in others.items() if fid <= floor]
     return [
         Outcome("finite", not odd, f"not finite: {', '.join(odd)}" if odd else "every number is finite"),
         Outcome(

@@ -14,6 +14,8 @@ from dod_pipeline import cli_evaluate
 if TYPE_CHECKING:
     from dod_pipeline.config import Params
 
+Scores = dict[str, dict[str, float]]  # name of a row -> its numbers
+
 
 def parser() -> argparse.ArgumentParser:
     """All sub-commands; each sets `action`, the function that carries it out."""
@@ -94,7 +96,7 @@ def show_results(params: "Params", jobs: list[tuple[str, str]]) -> None:
     from dod_pipeline import stages, tables
 
     shown = {"metrics": tables.results, "sweeps": tables.sweep}
-    compared: dict[str, dict[str, dict[str, float]]] = {}
+    compared: dict[str, Scores] = {}
     for stage, key in jobs:
         _, out, _ = stages.paths(params, stage, key)
         if stage in shown:
@@ -105,8 +107,18 @@ def show_results(params: "Params", jobs: list[tuple[str, str]]) -> None:
             print(f"stage 2 under stage 1, same samples: {out / 'grid.png'}")
         if stage == "report":
             print(f"report: {out}")
-    if len(compared) > 1:
-        tables.side_by_side(compared)
+    for alike in comparable(params, compared):
+        tables.side_by_side(alike)
+
+
+def comparable(params: "Params", found: dict[str, Scores]) -> list[dict[str, Scores]]:
+    """Checkpoints' tables in groups that have one reference and one count, those alone left out."""
+    groups: dict[tuple[str, float], dict[str, Scores]] = {}
+    for key, scores in found.items():
+        if "stage2" in scores:
+            setting = params.checkpoints[key].data, scores["stage2"]["num_samples"]
+            groups.setdefault(setting, {})[key] = scores
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def do_stage(given: argparse.Namespace) -> int:

@@ -121,12 +121,13 @@ def do_compare(given: argparse.Namespace) -> int:
         return 0
     rows = []
     for line in found:
+        digits = tables.DIGITS.get(line.metric, 3)
         both = [
-            f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+            tables.with_error(value, error, digits=digits)
             for value, error in ((line.a, line.a_error), (line.b, line.b_error))
         ]
         relative = "-" if line.relative is None else f"{line.relative:+.1%}"
-        rows.append([line.metric, *both, f"{line.difference:+.3f}", relative])
+        rows.append([line.metric, *both, f"{line.difference:+.{digits}f}", relative])
     tables.show(f"A {a['id']}\nB {b['id']}\n{history.setting([a])}", ["metric", "A", "B", "B - A", "relative"], rows)
     shown = [f"{name}: {str(ours)[:40]} and {str(theirs)[:40]}" for name, (ours, theirs) in differing.items()]
     print("they differ in\n  " + "\n  ".join(shown) if shown else "they differ in no setting that is recorded")

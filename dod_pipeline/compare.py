@@ -8,7 +8,7 @@ from dod_pipeline import history
 from dod_pipeline.ledger import HISTORY
 
 STAGE = "2"  # of a checkpoint that is named without one
-SAID = ("train_seed", "seed", "guidance", "sampler", "config", "previous", "weights", "data", "commit")
+SAID = ("train_seed", "seed", "guidance", "sampler", "config", "previous", "weights", "codec", "data", "commit")
 MAIN = re.compile(r"-metrics-\d+$")  # ids of records that are the checkpoint's own, not rows of its sweep
 ERROR = "_error"  # name of a metric's standard error, after the metric's
 

@@ -85,7 +85,7 @@ def fetch(url: str, wanted: Callable[[str], bool], *, again: bool) -> Path:
             listed = {o.name: o for o in bucket.objects() if wanted(o.name)}
             if not listed:
                 raise FileNotFoundError(f"{url}: nothing there that a stage can use; correct it in params.yaml")
-            for name in had.keys() - listed.keys():  # it was removed there
+            for name in filter(wanted, had.keys() - listed.keys()):  # it was removed there
                 (target / name).unlink(missing_ok=True)
             copy(bucket, [o for o in listed.values() if not is_here(target, o, had)], target, total=len(listed))
         except (BotoCoreError, ClientError) as error:

@@ -1,6 +1,6 @@
 """What a report draws: the numbers of an experiment's checkpoints -> the figures for which there are rows.
 
-Numbers of different counts are never drawn together, and a line over guidance joins rows that differ in guidance alone.
+FIDs of different counts are never drawn together, and a line over guidance joins rows that differ in guidance alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -139,10 +139,11 @@ def over_guidance(one: Evaluated) -> Figure | None:
 
 
 def stage_bars(one: Evaluated) -> Figure:
-    """FID of the two stages, and of the sweep's stage 3 at the guidance nearest to stage 2's."""
+    """FID of the two stages, and of the sweep's stage 3 that is sampled as stage 2 but for the nearest guidance."""
     rows = {titled(name): one.scores[name] for name in STAGES[:2]}
-    own = one.sampling["stage2"]["guidance"]
-    third = min(one.variants("stage3").values(), key=lambda row: abs(row["guidance"] - own), default=None)
+    own, words = one.sampling["stage2"]["guidance"], sampled(one.sampling["stage2"])
+    alike = [row for name, row in one.variants("stage3").items() if words == set(way(name).split())]
+    third = min(alike, key=lambda row: abs(row["guidance"] - own), default=None)
     if third is not None:
         rows["stage 3" if third["guidance"] == own else f"stage 3, guidance {third['guidance']:g}"] = third
     return plots.stage_bars({name: estimate(0, row)[1:] for name, row in rows.items()}, floor_fids(one))

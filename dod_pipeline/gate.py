@@ -140,6 +140,8 @@ def gate(params: Params, candidate: str, incumbent: str) -> Verdict:
     """Compare block by block until it is decided; says so as it goes. The caller appends the verdict."""
     ours, theirs = (trials.subject(params, key) for key in (candidate, incumbent))
     trials.check_alike([theirs, ours])
+    if ours.weights == theirs.weights:
+        raise ValueError(f"{candidate} and {incumbent} are the same weights; gate a checkpoint against another one")
     settings, seeds = params.experiments[theirs.experiment].gate, trials.seeds_of(theirs)
     calibrated, source, calibration = calibrated_for(params, theirs)
     with artifact.locked(trials.CACHE):

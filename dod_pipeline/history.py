@@ -59,6 +59,7 @@ class Record(Frozen):
     config: str  # sha256 of the stage's config
     previous: str | None = None  # the same of the stage before, from whose samples this one starts
     weights: str | None  # sha256 of the averaged weights; of the codec's manifest for its floor
+    codec: str | None = None  # sha256 of the codec's manifest
     data: str  # sha256 of the data set's manifest
     commit: str | None  # of the code; "-dirty" where files were changed
 
@@ -117,7 +118,7 @@ def spent(params: Params, job: Job, name: str) -> dict[str, Any]:
 
 
 def measured_with(job: Job, kind: str) -> dict[str, Any]:
-    """Extractor, reference and data of a row: what makes numbers comparable."""
+    """Extractor, reference, codec and data of a row."""
     about = artifact.read_json(job.inputs["reference"] / artifact.MANIFEST)["about"]
     against_originals = kind in ("reconstruction", "probe")
     return {
@@ -125,6 +126,7 @@ def measured_with(job: Job, kind: str) -> dict[str, Any]:
         "reference": about["dataset"]
         if against_originals
         else artifact.sha256_file(job.inputs["reference"] / artifact.MANIFEST),
+        "codec": None if kind == "floor" else artifact.sha256_file(job.inputs["codec"] / artifact.MANIFEST),
         "data": about["dataset"],
     }
 
@@ -157,7 +159,7 @@ def records(params: Params, job: Job) -> list[Record]:
             "commit": commit,
         }
         if kind == "codec":
-            values["weights"] = artifact.sha256_file(job.inputs["codec"] / artifact.MANIFEST)
+            values["weights"] = values["codec"]
         elif kind != "floor":
             settings = sampled.sampling if sampled else job.config.model_dump()["stage2"]  # as a probe takes them
             values["weights"] = checkpoint["files"][weights_file(settings["ema_decay"])]["sha256"]

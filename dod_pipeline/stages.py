@@ -68,7 +68,8 @@ def settings(params: Params, stage: str, key: str) -> Settings:
     sampling = {name: experiment.sampling | changes for name, changes in stages.items()}
     if stage == "sweeps":
         asked = params.sweeps[key]
-        return {**sampling, **experiment.evaluation, "rows": asked.rows, "probe": asked.probe}
+        shared = {name: value for name, value in experiment.evaluation.items() if name == "num_samples"}
+        return {**sampling, **shared, "rows": asked.rows, "probe": asked.probe}
     return sampling[stage]
 
 

@@ -119,7 +119,7 @@ def history(records: list[dict[str, Any]]) -> None:
     columns = ["time", "checkpoint", "stage", "metrics", "samples", "seed", "guidance", "sampler"]
     rows = []
     for record in records:
-        metrics = " ".join(f"{name}={value:.3f}" for name, value in record["metrics"].items())
+        metrics = " ".join(f"{name}={value:.{DIGITS.get(name, 3)}f}" for name, value in record["metrics"].items())
         rest = [record["num_samples"], record["seed"], record["guidance"], record["sampler"]]
         shown = ["-" if value is None else str(value) for value in rest]
         rows.append(

@@ -49,9 +49,15 @@ class Subject(NamedTuple):
     extractor: dict[str, str]  # name and digest
 
     @property
+    def trained_as(self) -> Settings:
+        """Settings of training but for its seed, the step, and the averages that are sampled."""
+        averages = {name: sampling["ema_decay"] for name, sampling in self.sampling.items()}
+        return {"train": self.train, "step": self.step, "ema_decay": averages}
+
+    @property
     def configuration(self) -> str:
         """Digest of what retrains have in common: everything but the seed of training."""
-        common = {"train": self.train, "step": self.step, "measure": self.measure.model_dump()}
+        common = {**self.trained_as, "measure": self.measure.model_dump()}
         return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,8 +140,7 @@ def check_retrains(subjects: list[Subject]) -> None:
     """ValueError unless all are of one configuration, each one of another training seed."""
     first = subjects[0]
     for other in subjects[1:]:
-        found = differences(first.train | {"step": first.step}, other.train | {"step": other.step})
-        if found:
+        if found := differences(first.trained_as, other.trained_as):
             raise ValueError(
                 f"{first.key} and {other.key} are not retrains of one configuration: {'; '.join(found)}; "
                 "only train.seed may differ"

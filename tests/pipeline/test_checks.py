@@ -82,6 +82,14 @@ def test_scores_that_cannot_be_are_found(tmp_path: Path, row: str, fid: float, g
     assert all(text in found[name] for name, text in grounds.items())
 
 
+def test_a_floor_of_another_count_is_not_compared(tmp_path: Path):
+    """Of fewer images an FID is larger: that says nothing of the evaluator."""
+    scores = {"floor": {"fid": 2.0, "num_samples": 70}, "stage2": {"fid": 1.0, "num_samples": 700}}
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps(scores))
+    assert not failed(checks.check_metrics(file))
+
+
 def test_metrics_beside_fid_may_be_negative_or_below_the_floors(tmp_path: Path):
     """KID is unbiased, so real images' may be below zero; errors and costs are compared with nothing."""
     more = {"fid_error": 0.001, "sfid": 0.05, "kid": -0.0001, "gflops_paper": 0.07}

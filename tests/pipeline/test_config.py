@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dod_pipeline import stages
+from dod_pipeline import cli, stages
 from dod_pipeline.config import Params, load_params
 
 from .project import SOURCE, params
@@ -237,3 +237,22 @@ def test_compute_within_train_is_refused(values: dict[str, Any]):
 def test_weights_to_sample_from_are_held_in_training(values: dict[str, Any]):
     values["experiments"]["tiny"]["stage2"]["ema_decay"] = 0.5
     assert "stage2.ema_decay: 0.5 is not one of train.ema_decays: [0.9]" in complaint(values)
+
+
+def test_a_sweep_takes_of_the_evaluation_what_concerns_it(values: dict[str, Any]):
+    values["experiments"]["tiny"]["evaluation"]["shard_size"] = 20
+    loaded = Params.parse(values, place="params.yaml")
+    for stage in ("metrics", "sweeps"):
+        assert stages.resolve(loaded, stage, "tiny-6").config.model_dump()["num_samples"] == 70
+
+
+def test_only_checkpoints_of_one_reference_and_count_stand_side_by_side(values: dict[str, Any]):
+    values["datasets"]["other"] = values["datasets"]["tiny"]
+    values["experiments"]["other"] = values["experiments"]["tiny"] | {"data": "other"}
+    for name, data in (("a", "tiny"), ("b", "tiny"), ("c", "tiny"), ("d", "other")):
+        experiment = {"tiny": "tiny", "other": "other"}[data]
+        values["checkpoints"][name] = {"experiment": experiment, "data": data, "step": 6}
+    loaded = Params.parse(values, place="params.yaml")
+    counts = {"a": 70, "b": 70, "c": 50, "d": 70}
+    found = {name: {"stage2": {"num_samples": float(count)}} for name, count in counts.items()}
+    assert [list(group) for group in cli.comparable(loaded, found)] == [["a", "b"]]

@@ -153,6 +153,16 @@ def test_what_a_stage_cannot_use_is_left_there(s3: S3, files: Path, fetched: Fet
         fetch.fetch(url, lambda name: False, again=True)
 
 
+def test_two_settings_may_name_one_prefix(s3: S3, files: Path, fetched: Fetched):
+    url = s3.upload(files, "shared")
+    for name in ("train/c", "train/d"):
+        copy = fetch.fetch(url, {name}.__contains__, again=True)
+    assert (copy / "train" / "c").is_file() and (copy / "train" / "d").is_file()
+    s3.client().delete_object(Bucket=BUCKET, Key="shared/train/d")
+    fetch.fetch(url, lambda name: name != "train/e", again=True)
+    assert (copy / "train" / "c").is_file() and not (copy / "train" / "d").is_file()
+
+
 KILLED = """
 import os, signal, sys
 def die(event, details):

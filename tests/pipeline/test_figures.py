@@ -120,6 +120,14 @@ def test_bars_take_stage_3_at_the_guidance_nearest_to_that_of_stage_2():
     assert exact.axes[0].get_xticklabels()[2].get_text() == "stage 3"
 
 
+def test_a_bar_of_stage_3_that_was_sampled_otherwise_is_left_out():
+    sweep = swept("stage3", 2.0, 0.8)
+    (row,) = sweep.values()
+    otherwise = {"stage3 guidance=2 euler steps=99 null=label": row}
+    assert len(figures.stage_bars(one(sweep=sweep)).axes[0].patches) == 3
+    assert len(figures.stage_bars(one(sweep=otherwise)).axes[0].patches) == 2
+
+
 def test_steps_have_every_checkpoint_of_the_newest_count_with_its_intervals():
     others = [one(step=2, num_samples=50), one(step=4, fid_error=0.02)]
     figure = figures.over_steps([*others, one(step=6)])

@@ -164,8 +164,8 @@ def test_train_settings_and_the_average_may_differ(fake: dict[str, Any]):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"learning_rate": 0.1}, r"tiny-6 and seed2-6 are not retrains .*: learning_rate is 0.003 and 0.1;"),
-        ({"model": tiny.MODEL | {"depth": 3}}, r"model.depth is 2 and 3;"),
+        ({"learning_rate": 0.1}, r"tiny-6 and seed2-6 are not retrains .*: train.learning_rate is 0.003 and 0.1;"),
+        ({"model": tiny.MODEL | {"depth": 3}}, r"train.model.depth is 2 and 3;"),
         ({"seed": 1}, r"the training seeds are 0, 1, 1;"),
     ],
 )
@@ -173,6 +173,20 @@ def test_only_retrains_under_different_seeds_calibrate(fake: dict[str, Any], cha
     fake["values"]["experiments"]["seed2"]["train"] |= change
     with pytest.raises(ValueError, match=message):
         gate.calibrate(parsed(fake), ["tiny-6", "seed1-6", "seed2-6"])
+
+
+def test_averages_that_differ_are_no_retrains_of_each_other(fake: dict[str, Any]):
+    for place in ("tiny", "seed1", "seed2"):
+        fake["values"]["experiments"][place]["train"]["ema_decays"] = [0.9, 0.95]
+    fake["values"]["experiments"]["seed2"]["sampling"]["ema_decay"] = 0.95
+    with pytest.raises(ValueError, match=r"ema_decay.stage1 is 0.9 and 0.95; ema_decay.stage2 is 0.9 and 0.95;"):
+        gate.calibrate(parsed(fake), ["tiny-6", "seed1-6", "seed2-6"])
+
+
+def test_weights_are_not_gated_against_themselves(fake: dict[str, Any]):
+    """Every difference would be 0, and the verdict PASS."""
+    with pytest.raises(ValueError, match="tiny-6 and tiny-6 are the same weights"):
+        gate.gate(parsed(fake), "tiny-6", "tiny-6")
 
 
 def test_two_checkpoints_of_one_training_are_no_retrains(fake: dict[str, Any]):
