@@ -109,8 +109,8 @@ def inception_score(logits: Rows, splits: int, shuffle: bool) -> float:
 def precision_recall(generated: Rows, real: Rows, k: int) -> PrecisionRecall:
     """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 to 3) of features (N, D) and (M, D).
 
-    An image is inside a manifold if it is no farther from one of its images than that one's k-th neighbour. Distances
-    are float64 about the real mean, and a squared one within `TIE` of both squared norms of the radius is a tie, which
+    An image is inside a manifold if it is no farther from one of its images than that one's k-th neighbour. Decisions
+    are float64's, and a squared distance within `manifolds.TIE` of both squared norms of the radius is a tie, which
     counts as inside. Beside the features: under 200 MB at D = 2048. ValueError for unequal widths, k < 1 or k >= N, M.
     """
     x, y = _pair(generated, real)

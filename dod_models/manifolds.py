@@ -15,7 +15,7 @@ from torch import Tensor
 
 ROWS_AT_ONCE = 2048
 PAIRS_AT_ONCE = 1024  # computed again; 16 KiB each at width 2048, twice
-SPARE = 4  # pairs computed again beyond the k sought: enough for all but one in a thousand rows of normal features
+SPARE = 4  # pairs computed again beyond the k sought: enough for all of 10,000 normal rows of width 2048
 TIE = 1e-13  # of squared norms: the rounding of a difference of squares, and ten times what was seen at width 2048
 UNIT = 2.0**-24  # float32's rounding
 TINY, HUGE = 1e-30, 1e36  # of squares: what underflows is below the one, what overflows above the other
