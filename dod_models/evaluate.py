@@ -6,7 +6,7 @@ digits (a Frechet distance of singular covariances), time (the same; precision a
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,11 +17,10 @@ from scipy import linalg, special
 from torch import Tensor
 
 from dod_models.features import MeanCov
+from dod_models.manifolds import Cloud, inside
 
 SHUFFLE_SEED = 2020  # torch-fidelity's, so that shuffled scores agree
 NEGATIVE = 1e-4  # of a covariance's largest variance: what a float32 sum leaves of a singular one is below it
-ROWS_AT_ONCE = 1024  # of precision and recall
-TIE = 1e-13  # of squared norms: the rounding of a difference of squares, and ten times what was seen at width 2048
 IMAGES_AT_ONCE = 16  # of SSIM
 
 # Lengths that must be equal are checked by the functions themselves, in production too.
@@ -30,7 +29,6 @@ Matrix = Float[np.ndarray, "_ _"]
 Root = Float[np.ndarray, "_ _"]
 Rows = Float[np.ndarray, "_ _"] | Float[Tensor, "_ _"]
 Images = UInt8[np.ndarray, "_ _ _ _"]
-Block = tuple[slice, Float[Tensor, "B D"], Float[Tensor, " B"]]
 
 
 class PrecisionRecall(NamedTuple):
@@ -111,8 +109,8 @@ def inception_score(logits: Rows, splits: int, shuffle: bool) -> float:
 def precision_recall(generated: Rows, real: Rows, k: int) -> PrecisionRecall:
     """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 to 3) of features (N, D) and (M, D).
 
-    An image is inside a manifold if it is no farther from one of its images than that one's k-th neighbour. Distances
-    are float64 about the real mean, and a squared one within `TIE` of both squared norms of the radius is a tie, which
+    An image is inside a manifold if it is no farther from one of its images than that one's k-th neighbour. Decisions
+    are float64's, and a squared distance within `manifolds.TIE` of both squared norms of the radius is a tie, which
     counts as inside. Beside the features: under 200 MB at D = 2048. ValueError for unequal widths, k < 1 or k >= N, M.
     """
     x, y = _pair(generated, real)
@@ -120,14 +118,8 @@ def precision_recall(generated: Rows, real: Rows, k: int) -> PrecisionRecall:
         raise ValueError(
             f"k = {k} neighbours in sets of {len(x)} and {len(y)} images; give 1 to {min(len(x), len(y)) - 1}"
         )
-    centre = y.mean(axis=0, dtype=np.float64)
-    x_radii, y_radii = _radii(x, centre, k), _radii(y, centre, k)
-    x_inside, y_inside = torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(y), dtype=torch.bool)
-    for i, a, a_norms in _blocks(x, centre):
-        for j, b, b_norms in _blocks(y, centre):
-            squared = _squared_distances(a, a_norms * (1 - TIE), b, b_norms * (1 - TIE))
-            x_inside[i] |= (squared <= y_radii[j]).any(dim=1)
-            y_inside[j] |= (squared <= x_radii[i, None]).any(dim=0)
+    centre = y.mean(axis=0, dtype=np.float64).astype(np.result_type(x, y, np.float32))
+    x_inside, y_inside = inside(Cloud.of(x, centre), Cloud.of(y, centre), k)
     return PrecisionRecall(float(x_inside.double().mean()), float(y_inside.double().mean()))
 
 
@@ -247,36 +239,3 @@ def _singular_sum(product: Float[np.ndarray, "r s"], width: int) -> float:
 def _kernel(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "N M"]:
     kernel: np.ndarray = (a @ b.T / a.shape[1] + 1) ** 3
     return kernel
-
-
-def _blocks(rows: np.ndarray, centre: Vector, begin: int = 0) -> Iterator[Block]:
-    """Places of successive rows, these rows in float64 about a centre, and their squared norms."""
-    for first in range(begin, len(rows), ROWS_AT_ONCE):
-        place = slice(first, min(first + ROWS_AT_ONCE, len(rows)))
-        block = torch.from_numpy(rows[place] - centre)
-        yield place, block, block.square().sum(dim=1)
-
-
-def _squared_distances(
-    a: Float[Tensor, "A D"], a_norms: Float[Tensor, " A"], b: Float[Tensor, "B D"], b_norms: Float[Tensor, " B"]
-) -> Float[Tensor, "A B"]:
-    return torch.addmm(b_norms.expand(len(a), -1), a, b.T, alpha=-2).add_(a_norms[:, None])
-
-
-def _radii(rows: np.ndarray, centre: Vector, k: int) -> Float[Tensor, " N"]:
-    """Each row's squared distance to the k-th nearest of the others; each pair of blocks is multiplied once."""
-    nearest = torch.full((len(rows), k), torch.inf, dtype=torch.float64)
-
-    def take(place: slice, squared: Tensor) -> None:
-        found = squared.topk(min(k, squared.shape[1]), dim=1, largest=False).values
-        nearest[place] = torch.cat([nearest[place], found], dim=1).topk(k, dim=1, largest=False).values
-
-    for i, a, a_norms in _blocks(rows, centre):
-        for j, b, b_norms in _blocks(rows, centre, begin=i.start):
-            squared = _squared_distances(a, a_norms, b, b_norms)
-            if i == j:
-                squared.fill_diagonal_(torch.inf)
-            else:
-                take(j, squared.T.contiguous())
-            take(i, squared)
-    return nearest.amax(dim=1)

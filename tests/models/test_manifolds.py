@@ -7,7 +7,7 @@ from scipy.spatial.distance import cdist
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from dod_models import evaluate
+from dod_models import manifolds
 from dod_models.evaluate import kernel_distance, precision_recall
 
 
@@ -22,6 +22,16 @@ def by_definition(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[floa
     between = cdist(x, y, "sqeuclidean")
     precision = (between <= y_radii).any(axis=1).mean()
     return precision, (between <= x_radii[:, None]).any(axis=0).mean()
+
+
+def by_float32(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[float, float]:
+    """From a difference of squares about the real mean, all in float32."""
+    x, y = (rows - real.mean(axis=0) for rows in (generated, real))
+    within, other, between = (
+        np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2 * a @ b.T for a, b in ((x, x), (y, y), (x, y))
+    )
+    x_radii, y_radii = (np.sort(squared)[:, k] for squared in (within, other))
+    return (between <= y_radii).any(axis=1).mean(), (between <= x_radii[:, None]).any(axis=0).mean()
 
 
 @settings(deadline=None)
@@ -52,7 +62,7 @@ def test_ties_count_as_inside_and_duplicates_as_neighbours(seed, width, num_gene
 @pytest.mark.parametrize("rows_at_once", [7, 50, 1024])
 def test_blocks_of_any_size_give_the_same(monkeypatch, rows_at_once):
     generated, real = normal(0, 120, 5), normal(1, 99, 5) * 1.3
-    monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(manifolds, "ROWS_AT_ONCE", rows_at_once)
     assert precision_recall(generated, real, 3) == pytest.approx(by_definition(generated, real, 3), abs=1e-12)
 
 
@@ -65,6 +75,28 @@ def test_clusters_that_float32_cannot_tell_apart_are_told_apart():
     assert precision_recall(generated, real, 3) == pytest.approx(exact, abs=1e-12)
     assert 0.3 < exact[0] < 1
     assert 0.1 < exact[1] < 0.99
+
+
+@pytest.mark.parametrize("spare", [0, 4, 500])
+def test_what_float32_cannot_decide_is_decided_in_float64(monkeypatch, spare):
+    """Half of the images lie in clusters of size 1, a thousand apart, the others spread; some are there twice."""
+    centres = normal(2, 10, 64) * 1e3
+    sets = []
+    for seed, scale in ((3, 0.95), (4, 1)):
+        rows = centres[np.arange(300) % 10] + normal(seed, 300, 64) * scale
+        rows[150:] = normal(seed + 2, 150, 64) * (700 * scale)
+        sets.append(np.concatenate([rows, rows[::20]]))
+    generated, real = sets
+    exact = by_definition(generated, real, 3)
+    monkeypatch.setattr(manifolds, "SPARE", spare)
+    assert precision_recall(generated, real, 3) == pytest.approx(exact, abs=1e-12)
+    assert all(abs(found - true) > 0.01 for found, true in zip(by_float32(generated, real, 3), exact, strict=True))
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1e-17, 1e17, 1e25])
+def test_the_unit_does_not_matter_even_where_float32_s_squares_would_not_hold(unit):
+    generated, real = normal(0, 120, 5).astype(np.float64), normal(1, 99, 5) * 1.3
+    assert precision_recall(generated * unit, real * unit, 3) == precision_recall(generated, real, 3)
 
 
 def test_precision_and_recall_by_hand():
