@@ -70,7 +70,8 @@ def frechet_distance(mu1: Vector, sigma1: Matrix, mu2: Vector, sigma2: Matrix, *
 
     |mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2), where the last trace is the sum of the singular
     values of R1^T R2. `root2` is covariance_root(sigma2), where it is at hand. Exact to 1e-12 of the traces for any
-    ranks; ValueError if shapes differ, a value is not finite, a sigma is no covariance or `root2` is not of sigma2.
+    ranks, but that variance below D eps of a covariance's largest counts as none. ValueError if shapes differ, a value
+    is not finite, a sigma is no covariance or `root2` is not of sigma2.
     """
     sigma1, sigma2 = _symmetric(sigma1, "sigma1"), _symmetric(sigma2, "sigma2")
     mu1, mu2 = (_finite(mu, name).astype(np.float64) for mu, name in ((mu1, "mu1"), (mu2, "mu2")))
