@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from dod_models.evaluate import (
     kernel_distance,
     precision_recall,
 )
-from dod_models.features import SCHEMA, Extractor, FeatureSet, MeanCov
+from dod_models.features import SCHEMA, Extractor, FeatureSet, MeanCov, mixed
 from dod_models.flow import Latent
 
 EXTRACTOR_FILE, MOMENTS_FILE, REAL_FILE, HELD_OUT_FILE = (
@@ -82,19 +83,31 @@ class Gathered(NamedTuple):
     logits: Float[Tensor, "N K"]
 
     @classmethod
-    def of(cls, parts: Iterable[FeatureSet], *, count: int) -> "Gathered":
-        """`count` images that come in parts, of which one at a time is held whole."""
+    def of(cls, parts: Iterable[FeatureSet], *, count: int, places: np.ndarray | None = None) -> "Gathered":
+        """`count` images that come in parts, of which one at a time is held whole.
+
+        `places` says where each image that comes is to stand, by default in order; places from `count` on are left out.
+        """
         features, spatial, logits, done = torch.empty(0), MeanCov(0), torch.empty(0), 0
         for part in parts:
             if not done:
                 features, logits = (part[i].new_empty(count, part[i].shape[1]) for i in (0, 2))
                 spatial = MeanCov(part.spatial.shape[1])
-            rows = slice(done, done + len(part.features))
-            features[rows], logits[rows] = part.features, part.logits
-            spatial.update(part.spatial)
-            done = rows.stop
-        assert done == count
+            come = np.arange(done, done + len(part.features))
+            place = come if places is None else places[come]
+            kept = place < count
+            features[place[kept]], logits[place[kept]] = part.features[kept], part.logits[kept]
+            spatial.update(part.spatial[kept])
+            done += len(come)
+        assert spatial.count == count
         return cls(features, spatial, logits)
+
+    @classmethod
+    def mixed(cls, path: Path, *, count: int | None = None) -> "Gathered":
+        """At most `count` images of a stored set, in the order of `features.mixed`."""
+        with safe_open(path, framework="pt") as file:
+            total = file.get_slice("features").get_shape()[0]
+        return cls.of(FeatureSet.slices(path), count=min(count or total, total), places=mixed(total))
 
 
 class Evaluator:
@@ -112,19 +125,13 @@ class Evaluator:
         """Features of all images of all batches, in order."""
         return self.extractor(batches)
 
-    def decoded(self, codec: Codec, latents: Latent, count: int, *, name: str) -> FeatureSet:
-        """Features of the first `count` samples, decoded in blocks; ValueError if there are fewer."""
+    def gathered(self, codec: Codec, latents: Latent, count: int, *, name: str) -> Gathered:
+        """What a score needs of the first `count` samples, decoded in blocks; ValueError if there are fewer."""
         check_samples(len(latents), count, name=name)
-        return self.features(codec.decode_all(latents[:count]))
+        return Gathered.of((self.features([pixels]) for pixels in codec.decode_all(latents[:count])), count=count)
 
-    def score(self, found: FeatureSet) -> dict[str, float]:
-        """Every metric of a set of images against the reference, by name."""
-        spatial = MeanCov(found.spatial.shape[1])
-        spatial.update(found.spatial)
-        return self.score_gathered(Gathered(found.features, spatial, found.logits))
-
-    def score_gathered(self, found: Gathered) -> dict[str, float]:
-        """`score` of images that came in parts.
+    def score(self, found: Gathered) -> dict[str, float]:
+        """Every metric of a set of images against the reference, by name.
 
         They must not be sorted by class: the inception score is computed without a shuffle, as ADM does.
         """

@@ -146,9 +146,9 @@ class Sweep:
             previous, labels = Samples.load(earlier[-1])
         model = self.model(sampling.ema_decay)
         latents, own = sample_stage(model, sampling, stage=stage, labels=labels, previous=previous, title=title)
-        found = self.evaluator.decoded(self.codec, latents, self.config.num_samples, name="sweeps")
-        numbers = {**self.evaluator.score(found), "num_samples": len(found.features)}
-        return numbers | self.price(variant, own, before)
+        count = self.config.num_samples
+        scores = self.evaluator.score(self.evaluator.gathered(self.codec, latents, count, name="sweeps"))
+        return {**scores, "num_samples": count, **self.price(variant, own, before)}
 
     def reconstruct(self, variant: Variant, *, title: str) -> dict[str, Any]:
         """The numbers of a reconstruction; what it would take to come by a prior is not counted."""

@@ -53,7 +53,7 @@ def build_trial(config: TrialConfig, *, checkpoint: Path, reference: Path, codec
         if labels is None:
             labels = draws.labels_for(settings.seed, range(config.num_samples), model.config.num_classes)
         previous, own = sample_stage(model.to(device()), settings, stage=number, labels=labels, previous=previous)
-        found = evaluator.decoded(decoder, previous, config.num_samples, name=f"block {config.block}")
+        found = evaluator.gathered(decoder, previous, config.num_samples, name=f"block {config.block}")
         spent += own.total
         scores[name] = {**evaluator.score(found), "num_samples": config.num_samples, "evaluations": spent}
     trial = {"config": config.model_dump(mode="json"), "weights": weights, **measured, "scores": scores}

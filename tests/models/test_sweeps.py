@@ -86,7 +86,7 @@ def test_stage_3_starts_from_the_samples_of_stage_2(pipeline, tmp_path):
     guided = SampleConfig.model_validate(tiny.GUIDED)
     latents, _ = sample_stage(model, guided, stage=3, labels=labels, previous=previous)
     evaluator = Evaluator.load(pipeline.reference)
-    wanted = evaluator.score(evaluator.decoded(Codec.load(pipeline.codec), latents, 70, name="stage 3"))
+    wanted = evaluator.score(evaluator.gathered(Codec.load(pipeline.codec), latents, 70, name="stage 3"))
     assert wanted.items() <= row.items()
     assert row["kind"] == "stage3" and row["evaluations"] == 2 + 4 + 4
 
