@@ -5,7 +5,7 @@ so many of them. A sample's features depend on its batch alone, and batches star
 on one thread of a CPU: the scores are the same for any number of processes.
 """
 
-import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import PositiveInt
 from tqdm import tqdm
 
-from dod_models import artifact, cost
+from dod_models import artifact, cost, source
 from dod_models.checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from dod_models.codec import RECONSTRUCTIONS, Codec
 from dod_models.codec import SCHEMA as CODEC_SCHEMA
@@ -117,29 +117,26 @@ def build_metrics(
 ) -> dict[str, Any]:
     """Every metric of both stages and both floors, how many images each one has, and what a sample of a stage cost.
 
-    Features under work lie under `state`, keyed by config and inputs. Of several processes each one takes its share and
-    returns nothing; a process on its own takes what lacks and writes `out`.
+    Features under work lie under `state`, keyed by config, inputs and code, until `out` is written. Of several processes
+    each one takes its share and returns nothing; a process on its own takes what lacks and writes `out`.
     """
     evaluator, decoder = Evaluator.load(reference), Codec.load(codec)
     samples = {"stage1": StoredSamples(stage1), "stage2": StoredSamples(stage2)}
     for stored in samples.values():
         check_samples(stored.count, config.num_samples, name=str(stored.folder))
-    inputs = [artifact.sha256_file(folder / artifact.MANIFEST) for folder in (reference, codec, stage1, stage2)]
-    key = hashlib.sha256("/".join([config.digest, *inputs]).encode()).hexdigest()[:32]
-    process = this_process()
+    folder, process = state / source.key(config.digest, (reference, codec, stage1, stage2)), this_process()
     alone = process.world == 1
-    with artifact.locked(state / key / ("out" if alone else f"process-{process.rank}")):
-        work = Work(state / key, samples, decoder, config)
+    with artifact.locked(folder / ("out" if alone else f"process-{process.rank}")):
+        work = Work(folder, samples, decoder, config)
         with one_thread():
             work.extract(evaluator, process)
         if not alone:
             return {}
-        artifact.forget_finished(state, but=key)
         rows: dict[str, Any] = floors(evaluator, reference, codec, config.num_samples)
         for name, spent in zip(samples, costs(checkpoint, samples), strict=True):
             rows[name] = scored(evaluator, work.gathered(name)) | spent
         artifact.write_json(out, rows)
-        artifact.describe(work.shards.out, schema=REFERENCE_SCHEMA, config=config.digest, about={})
+        shutil.rmtree(folder)
     return rows
 
 

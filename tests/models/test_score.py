@@ -164,8 +164,17 @@ def test_a_killed_run_goes_on_with_the_shards_that_lack(pipeline, undisturbed, s
     assert (tmp_path / "metrics.json").read_bytes() == undisturbed
 
 
-def test_a_shard_that_was_damaged_meanwhile_is_made_again(pipeline, undisturbed, small_batches, tmp_path, caplog):
-    build(pipeline, tmp_path)
+@pytest.fixture
+def taken(pipeline, small_batches, tmp_path, monkeypatch):
+    """Both of two processes have taken their share, and nobody has summed up."""
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        for rank in "01":
+            patch.setenv("RANK", rank)
+            build(pipeline, tmp_path)
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(pipeline, undisturbed, taken, tmp_path, caplog):
     (shard,) = tmp_path.glob("state/*/out/stage2-00000014.safetensors")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -175,22 +184,27 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(pipeline, undisturbed,
     assert (tmp_path / "again.json").read_bytes() == undisturbed
 
 
-def test_other_inputs_do_not_go_on_from_this_work_which_is_forgotten(pipeline, small_batches, tmp_path):
-    build(pipeline, tmp_path)
+def test_other_inputs_or_code_do_not_go_on_from_this_work(pipeline, taken, tmp_path, monkeypatch):
     (before,) = (tmp_path / "state").iterdir()
+    monkeypatch.setattr(artifact.shutil, "rmtree", lambda *_, **__: None)
     shutil.copytree(pipeline.stage1, tmp_path / "stage1")
     manifest = artifact.read_json(tmp_path / "stage1" / "manifest.json")
     artifact.write_json(tmp_path / "stage1" / "manifest.json", manifest | {"config": "other"})
     inputs = {name: getattr(pipeline, name) for name in INPUTS} | {"stage1": tmp_path / "stage1"}
     build_metrics(SETTINGS, **inputs, state=tmp_path / "state", out=tmp_path / "other.json")
-    (after,) = (tmp_path / "state").iterdir()
-    assert after.name != before.name
-    artifact.forget_finished(tmp_path / "state")
-    assert list((tmp_path / "state").iterdir()) == []
-
-
-def test_a_second_process_of_the_same_rank_is_kept_out(pipeline, tmp_path):
+    assert len({before, *(tmp_path / "state").iterdir()}) == 2
+    monkeypatch.setattr("torch.__version__", "another")
     build(pipeline, tmp_path)
+    assert len(list((tmp_path / "state").iterdir())) == 3
+
+
+def test_finished_work_is_removed_and_that_of_others_stays(pipeline, taken, tmp_path):
+    (tmp_path / "state" / "other").mkdir()
+    build(pipeline, tmp_path)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["other"]
+
+
+def test_a_second_process_of_the_same_rank_is_kept_out(pipeline, taken, tmp_path):
     (work,) = tmp_path.glob("state/*/out")
     with artifact.locked(work), pytest.raises(BlockingIOError, match="another process is writing here"):
         build(pipeline, tmp_path)
