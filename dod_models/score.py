@@ -117,8 +117,8 @@ def build_metrics(
 ) -> dict[str, Any]:
     """Every metric of both stages and both floors, how many images each one has, and what a sample of a stage cost.
 
-    Features under work lie under `state`, keyed by config, inputs and code, until `out` is written. Of several processes
-    each one takes its share and returns nothing; a process on its own takes what lacks and writes `out`.
+    Features under work lie under `state`, keyed by config, inputs and code, until `out` is written. Of several
+    processes each one takes its share and returns nothing; a process on its own takes what lacks and writes `out`.
     """
     evaluator, decoder = Evaluator.load(reference), Codec.load(codec)
     samples = {"stage1": StoredSamples(stage1), "stage2": StoredSamples(stage2)}

@@ -109,12 +109,11 @@ class Sweep:
     """What the rows are made with; each thing is loaded when a row first asks for it."""
 
     def __init__(self, config: SweepConfig, inputs: dict[str, Path], state: Path) -> None:
-        self.config, self.inputs, self.state = config, inputs, state
+        self.config, self.inputs = config, inputs
+        names = [*config.variants(), *([] if config.probe is None else [PROBE])]
+        # Where each row's work lies: its own place, so that a table with a row more goes on from it.
+        self.folders = {name: state / source.key(config.settings(name), inputs.values()) for name in names}
         self.models: dict[float, DoD] = {}
-
-    def folder(self, name: str) -> Path:
-        """Where a row's work lies: its own, so that a table with another row more goes on from it."""
-        return self.state / source.key(self.config.settings(name), self.inputs.values())
 
     def model(self, decay: float) -> DoD:
         """The weights averaged at `decay`."""
@@ -177,7 +176,7 @@ class Sweep:
                 model.lem,
                 latents,
                 labels=labels.numpy(),
-                path=self.folder(PROBE) / f"{split}.npy",
+                path=self.folders[PROBE] / f"{split}.npy",
                 title=f"{title}, {split}",
             )
             for split, (latents, labels) in sources.items()
@@ -214,19 +213,17 @@ def build_sweeps(
     """
     inputs = {"checkpoint": checkpoint, "reference": reference, "codec": codec, "dataset": dataset}
     inputs |= {"latents": latents, "stage1": stage1, "stage2": stage2}
-    names = [*config.variants(), *([] if config.probe is None else [PROBE])]
     with artifact.locked(state):
         sweep, table = Sweep(config, inputs, state), {}
-        folders = {name: sweep.folder(name) for name in names}
-        for number, (name, folder) in enumerate(folders.items(), 1):
+        for number, (name, folder) in enumerate(sweep.folders.items(), 1):
             note = folder / "row.json"
             if not note.exists():
                 folder.mkdir(exist_ok=True)
-                title = f"row {number} of {len(names)}: {name}"
+                title = f"row {number} of {len(sweep.folders)}: {name}"
                 log.info(f"sweeps: {title}")
                 artifact.write_json(note, sweep.row(name, title=title))
             table[name] = artifact.read_json(note)
         artifact.write_json(out, table)
-        for folder in folders.values():
+        for folder in sweep.folders.values():
             shutil.rmtree(folder)
     return table

@@ -141,7 +141,7 @@ def test_a_killed_sweep_goes_on_with_the_rows_that_lack(pipeline, undisturbed, t
     words = [text for name, path in inputs.items() for text in (f"--{name}", str(path))]
     words += ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "sweeps.json")]
     command = ["sweeps", "--config", settings(*ROWS, probe=True).canonical(), *words]
-    fourth = Sweep(settings(*ROWS), inputs, tmp_path / "state").folder("reconstruction guidance=1 euler steps=2")
+    fourth = Sweep(settings(*ROWS), inputs, tmp_path / "state").folders["reconstruction guidance=1 euler steps=2"]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, f"{fourth.name}/.row.json.partial", *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
