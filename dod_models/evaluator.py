@@ -1,6 +1,6 @@
 """The evaluator of a data set, as stage `reference` left it: its feature net, and what the real images gave."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +22,9 @@ from dod_models.evaluate import (
     kernel_distance,
     precision_recall,
 )
-from dod_models.features import SCHEMA, Extractor, FeatureSet, MeanCov, mixed
+from dod_models.features import SCHEMA, Extractor, FeatureSet, MeanCov, joined, mixed
 from dod_models.flow import Latent
+from dod_models.shards import one_thread
 
 EXTRACTOR_FILE, MOMENTS_FILE, REAL_FILE, HELD_OUT_FILE = (
     f"{name}.safetensors" for name in ("extractor", "moments", "train", "val")
@@ -121,14 +122,24 @@ class Evaluator:
         """Read a finished stage `reference`, its digests checked."""
         return cls(load_extractor(reference), Real.load(reference))
 
+    def parts(self, batches: Iterable[UInt8[np.ndarray, "_ H W C"]]) -> Iterator[FeatureSet]:
+        """Features batch by batch, which come and are taken on one thread: the same bits whatever stage asks."""
+        parts = map(self.extractor.part, batches)
+        while True:
+            with one_thread():
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
+
     def features(self, batches: Iterable[UInt8[np.ndarray, "_ H W C"]]) -> FeatureSet:
         """Features of all images of all batches, in order."""
-        return self.extractor(batches)
+        return joined(self.parts(batches))
 
     def gathered(self, codec: Codec, latents: Latent, count: int, *, name: str) -> Gathered:
         """What a score needs of the first `count` samples, decoded in blocks; ValueError if there are fewer."""
         check_samples(len(latents), count, name=name)
-        return Gathered.of((self.features([pixels]) for pixels in codec.decode_all(latents[:count])), count=count)
+        return Gathered.of(self.parts(codec.decode_all(latents[:count])), count=count)
 
     def score(self, found: Gathered) -> dict[str, float]:
         """Every metric of a set of images against the reference, by name.

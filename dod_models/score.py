@@ -23,7 +23,7 @@ from dod_models.evaluator import HELD_OUT_FILE, Evaluator, Gathered, check_sampl
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
 from dod_models.features import FeatureSet
 from dod_models.model import ModelConfig
-from dod_models.shards import Shards, one_thread
+from dod_models.shards import Shards
 from dod_models.stored import StoredSamples
 
 
@@ -128,8 +128,7 @@ def build_metrics(
     alone = process.world == 1
     with artifact.locked(folder / ("out" if alone else f"process-{process.rank}")):
         work = Work(folder, samples, decoder, config)
-        with one_thread():
-            work.extract(evaluator, process)
+        work.extract(evaluator, process)
         if not alone:
             return {}
         rows: dict[str, Any] = floors(evaluator, reference, codec, config.num_samples)

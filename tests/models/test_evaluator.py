@@ -109,6 +109,28 @@ def test_the_spatial_features_of_no_more_than_two_batches_are_in_memory(evaluato
     assert 1 <= extractor.most <= 2
 
 
+def test_images_and_their_features_come_on_one_thread(evaluator):
+    threads, before = [], torch.get_num_threads()
+
+    class Counting(Wide):
+        def part(self, pixels: np.ndarray) -> FeatureSet:
+            threads.append(torch.get_num_threads())
+            return super().part(pixels)
+
+    def batches() -> Iterator[np.ndarray]:
+        for _ in range(2):
+            threads.append(torch.get_num_threads())
+            yield np.zeros((3, 1, 1, 1), np.uint8)
+
+    torch.set_num_threads(2)
+    try:
+        for _ in Evaluator(Counting(), evaluator.real).parts(batches()):
+            assert torch.get_num_threads() == 2  # the caller's own
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1] * 4
+
+
 def test_of_a_stored_set_no_more_than_two_slices_are_in_memory(tmp_path, monkeypatch):
     feature_set(50, 0).save(tmp_path / "set.safetensors")
     extractor, zeros = Wide(), np.zeros((5, 1, 1, 1), np.uint8)
