@@ -1,6 +1,6 @@
 """The evaluator of a data set, as stage `reference` left it: its feature net, and what the real images gave."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,6 +110,21 @@ class Gathered(NamedTuple):
             total = file.get_slice("features").get_shape()[0]
         return cls.of(FeatureSet.slices(path), count=min(count or total, total), places=mixed(total))
 
+    def blocks(self) -> list[MeanCov]:
+        """Moments of the features in equal blocks, for the jackknife."""
+        blocks = [MeanCov(self.features.shape[1]) for _ in range(JACKKNIFE_BLOCKS)]
+        for block, rows in zip(blocks, self.features.tensor_split(JACKKNIFE_BLOCKS), strict=True):
+            block.update(rows)
+        return blocks
+
+
+def merged(blocks: Sequence[MeanCov]) -> MeanCov:
+    """Moments of all rows of all blocks."""
+    every = MeanCov(blocks[0].width)
+    for block in blocks:
+        every.merge(block)
+    return every
+
 
 class Evaluator:
     """Scores sets of images against the reference."""
@@ -141,22 +156,22 @@ class Evaluator:
         check_samples(len(latents), count, name=name)
         return Gathered.of(self.parts(codec.decode_all(latents[:count])), count=count)
 
+    def distance(self, found: Gathered) -> float:
+        """FID alone, to the bit as `score` has it."""
+        check_count(*found.features.shape)
+        return self.real.pooled.distance(merged(found.blocks()))
+
     def score(self, found: Gathered) -> dict[str, float]:
         """Every metric of a set of images against the reference, by name.
 
         They must not be sorted by class: the inception score is computed without a shuffle, as ADM does.
         """
         check_count(len(found.features), max(found.features.shape[1], found.spatial.width))
-        blocks = [MeanCov(found.features.shape[1]) for _ in range(JACKKNIFE_BLOCKS)]
-        for block, rows in zip(blocks, found.features.tensor_split(JACKKNIFE_BLOCKS), strict=True):
-            block.update(rows)
-        every = MeanCov(found.features.shape[1])
-        for block in blocks:
-            every.merge(block)
+        blocks = found.blocks()
         size = min(KERNEL_SUBSET_SIZE, len(found.features), len(self.real.some))
         shares = precision_recall(found.features, self.real.some, NEIGHBOURHOOD)
         return {
-            "fid": self.real.pooled.distance(every),
+            "fid": self.real.pooled.distance(merged(blocks)),
             "fid_error": jackknife_error(blocks, self.real.pooled.distance),
             "sfid": self.real.spatial.distance(found.spatial),
             "kid": kernel_distance(found.features, self.real.some, size, KERNEL_SUBSETS, 0),

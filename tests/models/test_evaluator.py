@@ -35,6 +35,7 @@ def evaluator() -> Evaluator:
 def test_each_score_is_the_plain_function_of_the_set(evaluator):
     found, real = feature_set(203, 1), feature_set(150, 0)
     scores = evaluator.score(gathered(found))
+    assert evaluator.distance(gathered(found)) == scores["fid"]
     for name, mine, theirs in (("fid", found.features, real.features), ("sfid", found.spatial, real.spatial)):
         a, b = moments(mine), moments(theirs)
         expected = evaluate.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
