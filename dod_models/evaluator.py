@@ -1,5 +1,6 @@
 """The evaluator of a data set, as stage `reference` left it: its feature net, and what the real images gave."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from dod_models.evaluate import (
 from dod_models.features import SCHEMA, Extractor, FeatureSet, MeanCov, joined, mixed
 from dod_models.flow import Latent
 from dod_models.shards import one_thread
+
+log = logging.getLogger(__name__)
 
 EXTRACTOR_FILE, MOMENTS_FILE, REAL_FILE, HELD_OUT_FILE = (
     f"{name}.safetensors" for name in ("extractor", "moments", "train", "val")
@@ -168,12 +171,26 @@ class Evaluator:
         """
         check_count(len(found.features), max(found.features.shape[1], found.spatial.width))
         blocks = found.blocks()
-        size = min(KERNEL_SUBSET_SIZE, len(found.features), len(self.real.some))
-        shares = precision_recall(found.features, self.real.some, NEIGHBOURHOOD)
         return {
             "fid": self.real.pooled.distance(merged(blocks)),
             "fid_error": jackknife_error(blocks, self.real.pooled.distance),
             "sfid": self.real.spatial.distance(found.spatial),
+            **self.other_scores(found),
+        }
+
+    def score_held_out(self, found: Gathered, *, name: str) -> dict[str, float]:
+        """`score`; of too few images, of which a team may have no more, without FID, its error and sFID."""
+        count, width = len(found.features), max(found.features.shape[1], found.spatial.width)
+        if count > width:
+            return self.score(found)
+        log.warning(f"{name}: {count} images for {width} features: no FID and no sFID, which would take {width + 1}")
+        return self.other_scores(found)
+
+    def other_scores(self, found: Gathered) -> dict[str, float]:
+        """The metrics that need no covariance."""
+        size = min(KERNEL_SUBSET_SIZE, len(found.features), len(self.real.some))
+        shares = precision_recall(found.features, self.real.some, NEIGHBOURHOOD)
+        return {
             "kid": kernel_distance(found.features, self.real.some, size, KERNEL_SUBSETS, 0),
             "inception_score": inception_score(found.logits, INCEPTION_SCORE_SPLITS, False),
             "precision": shares.precision,

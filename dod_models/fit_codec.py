@@ -121,6 +121,7 @@ def build_codec(config: CodecConfig, *, dataset: Path, reference: Path, out: Pat
 
         evaluator = Evaluator.load(reference)
         evaluator.features(reconstructions()).save(folder.path / RECONSTRUCTIONS)
-        scores = evaluator.score(Gathered.mixed(folder.path / RECONSTRUCTIONS))
+        found = Gathered.mixed(folder.path / RECONSTRUCTIONS)
+        scores = evaluator.score_held_out(found, name="reconstructions of the held-out images (split val)")
         folder.about = {"scale": codec.scale, "factor": codec.factor, "image_size": config.image_size, **origin}
     return {"psnr": float(np.mean(quality)), "scale": codec.scale, **scores}

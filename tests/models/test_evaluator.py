@@ -146,6 +146,15 @@ def test_no_more_images_than_numbers_of_either_kind_are_refused(evaluator):
         evaluator.score(gathered(feature_set(9, 1)))
 
 
+def test_too_few_held_out_images_have_all_scores_but_fid_and_sfid(evaluator, caplog):
+    enough, few = gathered(feature_set(10, 1)), gathered(feature_set(9, 1))
+    assert evaluator.score_held_out(enough, name="split val") == evaluator.score(enough)
+    assert caplog.text == ""
+    found = evaluator.score_held_out(few, name="split val")
+    assert evaluator.score(enough).keys() - found.keys() == {"fid", "fid_error", "sfid"}
+    assert "split val: 9 images for 9 features: no FID and no sFID, which would take 10" in caplog.text
+
+
 def test_features_that_are_not_finite_are_refused(evaluator):
     found = feature_set(20, 1)
     for values in found:
