@@ -112,7 +112,9 @@ class Sweep:
         self.config, self.inputs = config, inputs
         names = [*config.variants(), *([] if config.probe is None else [PROBE])]
         # Where each row's work lies: its own place, so that a table with a row more goes on from it.
-        self.folders = {name: state / source.key(config.settings(name), inputs.values()) for name in names}
+        self.folders = {
+            name: state / source.key(config.settings(name), [inputs[i] for i in sorted(inputs)]) for name in names
+        }
         self.models: dict[float, DoD] = {}
 
     def model(self, decay: float) -> DoD:

@@ -146,7 +146,8 @@ def test_no_more_images_than_numbers_of_either_kind_are_refused(evaluator):
         evaluator.score(gathered(feature_set(9, 1)))
 
 
-def test_too_few_held_out_images_have_all_scores_but_fid_and_sfid(evaluator, caplog):
+def test_too_few_held_out_images_have_all_scores_but_fid_and_sfid(evaluator, caplog, monkeypatch):
+    monkeypatch.setattr("dod_models.evaluator.INCEPTION_SCORE_SPLITS", 5)
     enough, few = gathered(feature_set(10, 1)), gathered(feature_set(9, 1))
     assert evaluator.score_held_out(enough, name="split val") == evaluator.score(enough)
     assert caplog.text == ""
