@@ -126,23 +126,6 @@ class MeanCov:
             raise ValueError(f"the covariance of {self.count} row(s); it takes 2")
         return self._scatter / (self.count - 1)
 
-    def state(self) -> dict[str, np.ndarray]:
-        """All that `restore` needs, by name, for a file or another machine."""
-        return {
-            "count": np.array(self.count),
-            "origin": self._origin,
-            "shift": self._shift,
-            "scatter": self._scatter,
-        }
-
-    @classmethod
-    def restore(cls, state: dict[str, np.ndarray]) -> "MeanCov":
-        """What gave this state, to the bit."""
-        found = cls(len(state["origin"]))
-        found.count = int(state["count"])
-        found._origin, found._shift, found._scatter = (state[name].copy() for name in ("origin", "shift", "scatter"))
-        return found
-
     def _add(self, rows: Float[np.ndarray, "N D"]) -> None:
         if not np.isfinite(rows).all():
             raise ValueError("features are not finite; look at the images they come from")
