@@ -107,7 +107,7 @@ def measure(paths: dict[str, Path], *, weights_sha256: str) -> dict[str, float]:
     count = images.shape[0]
     blocks = tqdm(images.blocks(BLOCK), total=-(-count // BLOCK), desc="features of ADM's samples", unit="block")
     found = Gathered.of((extractor.part(pixels) for pixels in blocks), count=count)
-    return Evaluator(extractor, real).score_gathered(found)
+    return Evaluator(extractor, real).score(found)
 
 
 def table(found: dict[str, float]) -> tuple[list[str], bool]:

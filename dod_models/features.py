@@ -5,20 +5,21 @@ An extractor's numbers carry its name and the digest of its weights: those of di
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dod_models import artifact, draws
 
 SCHEMA = "reference/2"
-ROWS_AT_ONCE = 4096  # of MeanCov.update: 67 MB at width 2048
+ROWS_AT_ONCE = 4096  # of MeanCov.update and FeatureSet.slices: 67 MB at width 2048
 SPATIAL_CHANNELS = 7  # of a map of activations, for sFID: as many as ADM's suite takes
 
 
@@ -43,10 +44,21 @@ class FeatureSet(NamedTuple):
         artifact.verify(folder, schema=schema, only=name)
         return cls.read(folder / name)
 
-    def mixed(self, count: int | None = None) -> "FeatureSet":
-        """`count` images (all by default) in a fixed random order: the inception score fails on class-sorted sets."""
-        order = draws.permutation(0, 0, len(self.features))[:count]
-        return FeatureSet(*(values[order] for values in self))
+    @classmethod
+    def slices(cls, path: Path) -> Iterator["FeatureSet"]:
+        """A file that `save` wrote, some rows at a time: all of 50,000 images take 1 GB."""
+        with safe_open(path, framework="pt") as file:
+            total = file.get_slice(cls._fields[0]).get_shape()[0]
+        for start in range(0, total, ROWS_AT_ONCE):
+            with safe_open(
+                path, framework="pt"
+            ) as file:  # anew: pages of the file stay in memory as long as it is open
+                yield cls(*(file.get_slice(name)[start : start + ROWS_AT_ONCE] for name in cls._fields))
+
+
+def mixed(count: int) -> Int[np.ndarray, " N"]:
+    """Each image's place in a fixed random order: the inception score fails on class-sorted sets."""
+    return np.argsort(draws.permutation(0, 0, count))
 
 
 def joined(parts: Iterable[FeatureSet]) -> FeatureSet:
@@ -113,23 +125,6 @@ class MeanCov:
         if self.count < 2:
             raise ValueError(f"the covariance of {self.count} row(s); it takes 2")
         return self._scatter / (self.count - 1)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """All that `restore` needs, by name, for a file or another machine."""
-        return {
-            "count": np.array(self.count),
-            "origin": self._origin,
-            "shift": self._shift,
-            "scatter": self._scatter,
-        }
-
-    @classmethod
-    def restore(cls, state: dict[str, np.ndarray]) -> "MeanCov":
-        """What gave this state, to the bit."""
-        found = cls(len(state["origin"]))
-        found.count = int(state["count"])
-        found._origin, found._shift, found._scatter = (state[name].copy() for name in ("origin", "shift", "scatter"))
-        return found
 
     def _add(self, rows: Float[np.ndarray, "N D"]) -> None:
         if not np.isfinite(rows).all():

@@ -13,7 +13,7 @@ from dod_models import artifact, draws, stable_diffusion
 from dod_models.codec import BATCH, RECONSTRUCTIONS, SCHEMA, Codec, batch_size
 from dod_models.config import Frozen
 from dod_models.evaluate import psnr
-from dod_models.evaluator import Evaluator
+from dod_models.evaluator import Evaluator, Gathered
 from dod_models.images import ImageFolder
 from dod_models.pixels import to_signal
 
@@ -120,7 +120,8 @@ def build_codec(config: CodecConfig, *, dataset: Path, reference: Path, out: Pat
                 yield rebuilt
 
         evaluator = Evaluator.load(reference)
-        found = evaluator.features(reconstructions())
-        found.save(folder.path / RECONSTRUCTIONS)
+        evaluator.features(reconstructions()).save(folder.path / RECONSTRUCTIONS)
+        found = Gathered.mixed(folder.path / RECONSTRUCTIONS)
+        scores = evaluator.score_held_out(found, name="reconstructions of the held-out images (split val)")
         folder.about = {"scale": codec.scale, "factor": codec.factor, "image_size": config.image_size, **origin}
-    return {"psnr": float(np.mean(quality)), "scale": codec.scale, **evaluator.score(found.mixed())}
+    return {"psnr": float(np.mean(quality)), "scale": codec.scale, **scores}

@@ -64,7 +64,7 @@ class Reconstruction:
 
     def moments(self, blocks: Iterable[Pixels]) -> MeanCov:
         """Mean and covariance of these images' features; ValueError where they are too few for an rFID."""
-        parts = (self.evaluator.features([pixels]).features for pixels in blocks)
+        parts = (part.features for part in self.evaluator.parts(blocks))
         first = next(parts)
         found = MeanCov(first.shape[1])
         for part in chain([first], parts):

@@ -3,7 +3,6 @@
 For checkpoints that ask for it. A row is the unit of work: a killed sweep goes on with those that lack.
 """
 
-import hashlib
 import logging
 import shutil
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import PositiveInt, field_validator, model_validator
 
-from dod_models import artifact, cost, probe
+from dod_models import artifact, cost, probe, source
 from dod_models.checkpoint import load_checkpoint
 from dod_models.codec import Codec, device
 from dod_models.config import Frozen
@@ -98,12 +97,24 @@ class SweepConfig(Frozen):
                 found[name] = Variant(row.stage if isinstance(row.stage, int) else 2, sampling)
         return found
 
+    def settings(self, name: str) -> str:
+        """All that a row depends on beside inputs and code."""
+        if name == PROBE:
+            assert self.probe is not None
+            return f"{PROBE} {self.stage2.ema_decay} {self.probe.canonical()}"
+        return f"{name.split()[0]} {self.num_samples} {self.variants()[name].sampling.canonical()}"
+
 
 class Sweep:
     """What the rows are made with; each thing is loaded when a row first asks for it."""
 
-    def __init__(self, config: SweepConfig, inputs: dict[str, Path], work: Path) -> None:
-        self.config, self.inputs, self.work = config, inputs, work
+    def __init__(self, config: SweepConfig, inputs: dict[str, Path], state: Path) -> None:
+        self.config, self.inputs = config, inputs
+        names = [*config.variants(), *([] if config.probe is None else [PROBE])]
+        # Where each row's work lies: its own place, so that a table with a row more goes on from it.
+        self.folders = {
+            name: state / source.key(config.settings(name), [inputs[i] for i in sorted(inputs)]) for name in names
+        }
         self.models: dict[float, DoD] = {}
 
     def model(self, decay: float) -> DoD:
@@ -146,9 +157,9 @@ class Sweep:
             previous, labels = Samples.load(earlier[-1])
         model = self.model(sampling.ema_decay)
         latents, own = sample_stage(model, sampling, stage=stage, labels=labels, previous=previous, title=title)
-        found = self.evaluator.decoded(self.codec, latents, self.config.num_samples, name="sweeps")
-        numbers = {**self.evaluator.score(found), "num_samples": len(found.features)}
-        return numbers | self.price(variant, own, before)
+        count = self.config.num_samples
+        scores = self.evaluator.score(self.evaluator.gathered(self.codec, latents, count, name="sweeps"))
+        return {**scores, "num_samples": count, **self.price(variant, own, before)}
 
     def reconstruct(self, variant: Variant, *, title: str) -> dict[str, Any]:
         """The numbers of a reconstruction; what it would take to come by a prior is not counted."""
@@ -158,13 +169,17 @@ class Sweep:
         return {**numbers, "num_samples": len(latents), **self.price(variant, own, [])}
 
     def probe(self, config: ProbeConfig, *, title: str) -> dict[str, Any]:
-        """The probe's numbers; the features lie below `work` meanwhile."""
+        """The probe's numbers; the features lie in its folder meanwhile."""
         model, shards = self.model(self.config.stage2.ema_decay), LatentShards(self.inputs["latents"])
         held_out = Originals(self.inputs["dataset"], self.inputs["codec"])
         sources = {"train": (probe.means(shards), shards.labels), "test": (held_out.encoded(), held_out.labels)}
         train, test = (
             probe.extract(
-                model.lem, latents, labels=labels.numpy(), path=self.work / f"{split}.npy", title=f"{title}, {split}"
+                model.lem,
+                latents,
+                labels=labels.numpy(),
+                path=self.folders[PROBE] / f"{split}.npy",
+                title=f"{title}, {split}",
             )
             for split, (latents, labels) in sources.items()
         )
@@ -196,22 +211,21 @@ def build_sweeps(
 ) -> dict[str, Any]:
     """The table: for each row its numbers, their kind, and what a sample of it takes, earlier stages included.
 
-    Rows that are done lie under `state`, keyed by config and inputs, until the table stands at `out`.
+    Rows that are done lie under `state`, each keyed by its settings, inputs and code, until the table stands at `out`.
     """
     inputs = {"checkpoint": checkpoint, "reference": reference, "codec": codec, "dataset": dataset}
     inputs |= {"latents": latents, "stage1": stage1, "stage2": stage2}
-    digests = [artifact.sha256_file(folder / artifact.MANIFEST) for folder in inputs.values()]
-    work = state / hashlib.sha256("/".join([config.digest, *digests]).encode()).hexdigest()[:32]
-    names = [*config.variants(), *([] if config.probe is None else [PROBE])]
-    with artifact.locked(work):
-        sweep, table = Sweep(config, inputs, work), {}
-        for number, name in enumerate(names, 1):
-            note = work / f"row-{number:03d}.json"
+    with artifact.locked(state):
+        sweep, table = Sweep(config, inputs, state), {}
+        for number, (name, folder) in enumerate(sweep.folders.items(), 1):
+            note = folder / "row.json"
             if not note.exists():
-                title = f"row {number} of {len(names)}: {name}"
+                folder.mkdir(exist_ok=True)
+                title = f"row {number} of {len(sweep.folders)}: {name}"
                 log.info(f"sweeps: {title}")
                 artifact.write_json(note, sweep.row(name, title=title))
             table[name] = artifact.read_json(note)
         artifact.write_json(out, table)
-    shutil.rmtree(state)
+        for folder in sweep.folders.values():
+            shutil.rmtree(folder)
     return table

@@ -35,7 +35,7 @@ def block_seed(seed: int, block: int) -> int:
 
 
 def build_trial(config: TrialConfig, *, checkpoint: Path, reference: Path, codec: Path, out: Path) -> dict[str, Any]:
-    """Scores of both stages, as sampling with the block's seed and stage `metrics` would give them.
+    """FID of both stages, as sampling with the block's seed and stage `metrics` would give them.
 
     Writes them with the settings, and the digests of what they were measured on. Samples are not kept.
     """
@@ -53,9 +53,9 @@ def build_trial(config: TrialConfig, *, checkpoint: Path, reference: Path, codec
         if labels is None:
             labels = draws.labels_for(settings.seed, range(config.num_samples), model.config.num_classes)
         previous, own = sample_stage(model.to(device()), settings, stage=number, labels=labels, previous=previous)
-        found = evaluator.decoded(decoder, previous, config.num_samples, name=f"block {config.block}")
+        found = evaluator.gathered(decoder, previous, config.num_samples, name=f"block {config.block}")
         spent += own.total
-        scores[name] = {**evaluator.score(found), "num_samples": config.num_samples, "evaluations": spent}
+        scores[name] = {"fid": evaluator.distance(found), "num_samples": config.num_samples, "evaluations": spent}
     trial = {"config": config.model_dump(mode="json"), "weights": weights, **measured, "scores": scores}
     artifact.write_json(out, trial)
     return trial

@@ -51,17 +51,16 @@ def check_metrics(file: Path) -> list[Outcome]:
     """Finite numbers, and an FID of real held-out images below that of every set of as many images."""
     scores = artifact.read_json(file)
     odd = [f"{row}.{name}" for row, found in scores.items() for name, x in found.items() if not math.isfinite(x)]
-    floor, count = scores["floor"]["fid"], scores["floor"].get("num_samples")
-    others = {row: x["fid"] for row, x in scores.items() if row != "floor" and x.get("num_samples") == count}
-    under = [f"{row} {fid:.4g}" for row, fid in others.items() if fid <= floor]
+    floor = scores["floor"].get("fid")  # none, if the held-out images are too few for one
+    alike = {row: x for row, x in scores.items() if x.get("num_samples") == scores["floor"].get("num_samples")}
+    fids = {row: x["fid"] for row, x in alike.items() if row != "floor" and "fid" in x}
+    under = [] if floor is None else [f"{row} {fid:.4g}" for row, fid in fids.items() if fid <= floor]
+    grounds = "real images have no FID" if floor is None else f"FID of real images is {floor:.4g}"
+    if under:
+        grounds += f", and these are not above it: {', '.join(under)}: the evaluator can't be trusted"
     return [
         Outcome("finite", not odd, f"not finite: {', '.join(odd)}" if odd else "every number is finite"),
-        Outcome(
-            "floor",
-            not under,
-            f"FID of real images is {floor:.4g}"
-            + (f", and these are not above it: {', '.join(under)}: the evaluator can't be trusted" if under else ""),
-        ),
+        Outcome("floor", not under, grounds),
     ]
 
 

@@ -34,7 +34,7 @@ class Evaluated(NamedTuple):
     def floors(self) -> dict[str, Row]:
         """The floors of equal count, by the name that figures give them."""
         rows = {short: self.scores[name] for name, short in SHORT_NAMES.items()}
-        return {name: row for name, row in rows.items() if row["num_samples"] == self.num_samples}
+        return {name: row for name, row in rows.items() if row["num_samples"] == self.num_samples and "fid" in row}
 
     def variants(self, kind: str) -> dict[str, Row]:
         """The rows of its sweep that are of that kind: of a stage, only those of equal count."""

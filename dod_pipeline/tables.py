@@ -103,8 +103,8 @@ def probe(row: Mapping[str, Any]) -> str:
 
 def side_by_side(found: dict[str, dict[str, dict[str, Any]]]) -> None:
     """FID of every row that all checkpoints have, a column for each one and their mean."""
-    first, *others = found.values()
-    names = [name for name, row in first.items() if "fid" in row and all(name in table for table in others)]
+    first = next(iter(found.values()))
+    names = [name for name in first if all("fid" in table.get(name, {}) for table in found.values())]
     rows = []
     for name in names:
         values = [table[name]["fid"] for table in found.values()]

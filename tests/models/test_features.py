@@ -24,14 +24,13 @@ def test_sets_survive_the_disk_and_damage_is_named(tmp_path):
         FeatureSet.load(tmp_path / "set", "val.safetensors", schema=SCHEMA)
 
 
-def test_mixing_keeps_what_belongs_to_an_image_together_and_loses_none():
-    sorted_set = feature_set(50)
-    mixed = sorted_set.mixed()
-    assert torch.equal(mixed.logits, 2 * mixed.features)
-    assert torch.equal(mixed.spatial, 3 * mixed.features.expand(-1, 4))
-    assert torch.equal(mixed.features.sort(dim=0).values, sorted_set.features)
-    assert not torch.equal(mixed.features, sorted_set.features)
-    assert torch.equal(sorted_set.mixed(20).features, mixed.features[:20])  # the order is fixed
+def test_slices_of_a_file_are_its_rows_in_order(tmp_path, monkeypatch):
+    whole = feature_set(50)
+    whole.save(tmp_path / "set.safetensors")
+    monkeypatch.setattr("dod_models.features.ROWS_AT_ONCE", 20)
+    slices = list(FeatureSet.slices(tmp_path / "set.safetensors"))
+    assert [len(part.features) for part in slices] == [20, 20, 10]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(joined(slices), whole, strict=True))
 
 
 def test_parts_are_joined_in_order():

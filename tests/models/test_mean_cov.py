@@ -78,17 +78,6 @@ def test_sums_of_float32_tensors_are_in_float64():
     assert_equal_to_numpy(found, values.double().numpy())
 
 
-def test_a_state_restores_to_the_bit():
-    values = rows(0, 30, 3, 5)
-    whole, first = seen(values), seen(values)
-    again = MeanCov.restore(first.state())
-    again.update(values)
-    whole.update(values)
-    assert_equal_to_numpy(first, values)  # what was restored shares nothing with it
-    np.testing.assert_array_equal(again.mean, whole.mean)
-    np.testing.assert_array_equal(again.covariance, whole.covariance)
-
-
 def test_what_cannot_be_averaged_is_refused():
     found = MeanCov(3)
     with pytest.raises(ValueError, match="the mean of no rows"):

@@ -8,16 +8,16 @@ import sys
 import numpy as np
 import pytest
 
-from dod_models import artifact, cost
+from dod_models import artifact, cost, draws
 from dod_models.checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from dod_models.codec import SCHEMA as CODEC_SCHEMA
 from dod_models.codec import Codec
-from dod_models.evaluator import Evaluator
+from dod_models.evaluator import Evaluator, Gathered
 from dod_models.features import SCHEMA as REFERENCE_SCHEMA
 from dod_models.features import FeatureSet
 from dod_models.model import ModelConfig
 from dod_models.sample import Samples
-from dod_models.score import ScoreConfig, build_metrics, floors
+from dod_models.score import ScoreConfig, build_metrics
 
 INPUTS = ("checkpoint", "reference", "codec", "stage1", "stage2")
 
@@ -31,7 +31,7 @@ def evaluator(pipeline):
 def test_a_stage_s_scores_are_those_of_its_decoded_samples(pipeline, evaluator, stage):
     images = Codec.load(pipeline.codec).decode(Samples.load(pipeline.root / stage).latents)
     row = pipeline.facts["metrics"][stage]
-    expected = evaluator.score(evaluator.features([images]))
+    expected = evaluator.score(Gathered.of([evaluator.features([images])], count=70))
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert row["num_samples"] == 70
     assert json.loads((pipeline.root / "metrics").read_text()) == pipeline.facts["metrics"]
@@ -48,23 +48,21 @@ def test_a_stage_s_cost_is_that_of_all_stages_up_to_it(pipeline):
 
 
 def test_floors_are_held_out_images_and_their_reconstructions_at_equal_count(pipeline, evaluator):
-    taken = dict(floors(pipeline.reference, pipeline.codec, 70))
     for name, folder, file, schema in (
         ("floor", pipeline.reference, "val.safetensors", REFERENCE_SCHEMA),
         ("codec", pipeline.codec, "reconstructions.safetensors", CODEC_SCHEMA),
     ):
-        known = {row.numpy().tobytes() for row in FeatureSet.load(folder, file, schema=schema).features}
-        found = {row.numpy().tobytes() for row in taken[name].features}
-        assert found <= known and len(taken[name].features) == 70
+        every, order = FeatureSet.load(folder, file, schema=schema), draws.permutation(0, 0, 90)[:70]
+        taken = Gathered.of([FeatureSet(*(values[order] for values in every))], count=70)
         row = pipeline.facts["metrics"][name]
-        assert row == pytest.approx({**evaluator.score(taken[name]), "num_samples": 70}, rel=1e-9)
+        assert row == pytest.approx({**evaluator.score(taken), "num_samples": 70}, rel=1e-9)
 
 
 def test_floors_are_of_mixed_classes(pipeline):
     """The index is sorted by class: the first 70 of 90 would hold ten images of the last class."""
     every = FeatureSet.load(pipeline.reference, "val.safetensors", schema=REFERENCE_SCHEMA)
     place = {row.numpy().tobytes(): i for i, row in enumerate(every.logits)}
-    taken = dict(floors(pipeline.reference, pipeline.codec, 30))["floor"]
+    taken = Gathered.mixed(pipeline.reference / "val.safetensors", count=30)
     order = [place[row.numpy().tobytes()] for row in taken.logits]
     assert np.bincount(np.array(order) // 30, minlength=3).min() >= 4
 
@@ -166,8 +164,17 @@ def test_a_killed_run_goes_on_with_the_shards_that_lack(pipeline, undisturbed, s
     assert (tmp_path / "metrics.json").read_bytes() == undisturbed
 
 
-def test_a_shard_that_was_damaged_meanwhile_is_made_again(pipeline, undisturbed, small_batches, tmp_path, caplog):
-    build(pipeline, tmp_path)
+@pytest.fixture
+def taken(pipeline, small_batches, tmp_path, monkeypatch):
+    """Both of two processes have taken their share, and nobody has summed up."""
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        for rank in "01":
+            patch.setenv("RANK", rank)
+            build(pipeline, tmp_path)
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(pipeline, undisturbed, taken, tmp_path, caplog):
     (shard,) = tmp_path.glob("state/*/out/stage2-00000014.safetensors")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -177,22 +184,24 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(pipeline, undisturbed,
     assert (tmp_path / "again.json").read_bytes() == undisturbed
 
 
-def test_other_inputs_do_not_go_on_from_this_work_which_is_forgotten(pipeline, small_batches, tmp_path):
-    build(pipeline, tmp_path)
+def test_other_inputs_do_not_go_on_from_this_work(pipeline, taken, tmp_path, monkeypatch):
     (before,) = (tmp_path / "state").iterdir()
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
     shutil.copytree(pipeline.stage1, tmp_path / "stage1")
     manifest = artifact.read_json(tmp_path / "stage1" / "manifest.json")
     artifact.write_json(tmp_path / "stage1" / "manifest.json", manifest | {"config": "other"})
     inputs = {name: getattr(pipeline, name) for name in INPUTS} | {"stage1": tmp_path / "stage1"}
     build_metrics(SETTINGS, **inputs, state=tmp_path / "state", out=tmp_path / "other.json")
-    (after,) = (tmp_path / "state").iterdir()
-    assert after.name != before.name
-    artifact.forget_finished(tmp_path / "state")
-    assert list((tmp_path / "state").iterdir()) == []
+    assert len({before, *(tmp_path / "state").iterdir()}) == 2
 
 
-def test_a_second_process_of_the_same_rank_is_kept_out(pipeline, tmp_path):
+def test_finished_work_is_removed_and_that_of_others_stays(pipeline, taken, tmp_path):
+    (tmp_path / "state" / "other").mkdir()
     build(pipeline, tmp_path)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["other"]
+
+
+def test_a_second_process_of_the_same_rank_is_kept_out(pipeline, taken, tmp_path):
     (work,) = tmp_path.glob("state/*/out")
     with artifact.locked(work), pytest.raises(BlockingIOError, match="another process is writing here"):
         build(pipeline, tmp_path)
@@ -200,7 +209,7 @@ def test_a_second_process_of_the_same_rank_is_kept_out(pipeline, tmp_path):
 
 def test_decoding_in_blocks_changes_no_more_than_a_grey_level(pipeline, evaluator, monkeypatch):
     codec, latents = Codec.load(pipeline.codec), Samples.load(pipeline.stage1).latents
-    whole = evaluator.decoded(codec, latents, 20, name="")
+    whole = evaluator.gathered(codec, latents, 20, name="")
     monkeypatch.setattr("dod_models.codec.BATCH", 7)
-    parts = evaluator.decoded(codec, latents, 20, name="")
+    parts = evaluator.gathered(codec, latents, 20, name="")
     np.testing.assert_allclose(parts.features, whole.features, rtol=1e-3, atol=1e-3)

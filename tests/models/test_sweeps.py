@@ -16,7 +16,7 @@ from dod_models.evaluator import Evaluator
 from dod_models.images import ImageFolder
 from dod_models.probe import Features, exact
 from dod_models.sample import SampleConfig, Samples, sample_stage
-from dod_models.sweeps import SweepConfig, build_sweeps
+from dod_models.sweeps import Sweep, SweepConfig, build_sweeps
 
 from . import tiny
 from .test_encode import DRIVER
@@ -56,7 +56,7 @@ def test_a_row_of_the_sweep_that_changes_nothing_repeats_the_metrics(pipeline, t
     names = ["stage2 guidance=3 euler steps=1 null=label", "stage2 guidance=2 euler steps=2 null=both t=0.25-1"]
     assert list(table)[2:] == names
     assert artifact.read_json(tmp_path / "sweeps.json") == table
-    assert not (tmp_path / "state").exists()
+    assert list((tmp_path / "state").iterdir()) == []
 
 
 def test_a_row_states_the_gflops_of_a_sample(pipeline, tmp_path):
@@ -86,7 +86,7 @@ def test_stage_3_starts_from_the_samples_of_stage_2(pipeline, tmp_path):
     guided = SampleConfig.model_validate(tiny.GUIDED)
     latents, _ = sample_stage(model, guided, stage=3, labels=labels, previous=previous)
     evaluator = Evaluator.load(pipeline.reference)
-    wanted = evaluator.score(evaluator.decoded(Codec.load(pipeline.codec), latents, 70, name="stage 3"))
+    wanted = evaluator.score(evaluator.gathered(Codec.load(pipeline.codec), latents, 70, name="stage 3"))
     assert wanted.items() <= row.items()
     assert row["kind"] == "stage3" and row["evaluations"] == 2 + 4 + 4
 
@@ -141,15 +141,15 @@ def test_a_killed_sweep_goes_on_with_the_rows_that_lack(pipeline, undisturbed, t
     words = [text for name, path in inputs.items() for text in (f"--{name}", str(path))]
     words += ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "sweeps.json")]
     command = ["sweeps", "--config", settings(*ROWS, probe=True).canonical(), *words]
+    fourth = Sweep(settings(*ROWS), inputs, tmp_path / "state").folders["reconstruction guidance=1 euler steps=2"]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, "/.row-004.json.partial", *command],
+        [sys.executable, "-c", DRIVER, f"{fourth.name}/.row.json.partial", *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "sweeps.json").exists()
-    (work,) = (tmp_path / "state").iterdir()
-    assert len(list(work.glob("row-*.json"))) == 3
+    assert len(list(tmp_path.glob("state/*/row.json"))) == 3
     sweep(pipeline, tmp_path, *ROWS, probe=True)
     assert (tmp_path / "sweeps.json").read_bytes() == undisturbed
     told = [record.message for record in caplog.records if record.name == "dod_models.sweeps"]
@@ -158,7 +158,27 @@ def test_a_killed_sweep_goes_on_with_the_rows_that_lack(pipeline, undisturbed, t
         "sweeps: row 5 of 6: reconstruction guidance=2 euler steps=2 null=both",
         "sweeps: row 6 of 6: probe",
     ]
-    assert not (tmp_path / "state").exists()
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_a_table_with_a_scale_more_goes_on_from_the_rows_that_are_done(pipeline, tmp_path, monkeypatch):
+    made: list[str] = []
+
+    def row(self, name, title):
+        if "guidance=3" in name and len(made) == 2:
+            made.append("")
+            raise OSError("stopped")
+        made.append(name)
+        return {"kind": name}
+
+    monkeypatch.setattr("dod_models.sweeps.Sweep.row", row)
+    with pytest.raises(OSError, match="stopped"):
+        sweep(pipeline, tmp_path, {"stage": 2, "guidance": [1.0, 2.0, 3.0]})
+    (tmp_path / "state" / "other").mkdir()
+    found = sweep(pipeline, tmp_path, {"stage": 2, "guidance": [0.5, 1.0, 2.0, 3.0]})
+    assert [name.split()[1] for name in found] == [f"guidance={scale}" for scale in ("0.5", "1", "2", "3")]
+    assert [name.split()[1] for name in made[3:]] == ["guidance=0.5", "guidance=3"]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["other"]
 
 
 def test_other_inputs_or_settings_do_not_go_on_from_these_rows(pipeline, tmp_path, monkeypatch):
@@ -171,11 +191,11 @@ def test_other_inputs_or_settings_do_not_go_on_from_these_rows(pipeline, tmp_pat
     for seed in (0, 1):
         with pytest.raises(OSError, match="stopped"):
             sweep(pipeline, tmp_path, {"stage": 1, "guidance": 1.0}, probe={"seed": seed})
-    assert len(list((tmp_path / "state").iterdir())) == 2
+    assert len(list((tmp_path / "state").iterdir())) == 3  # stage 1 is shared, each probe has its own
     moved = tmp_path / "moved"
     shutil.copytree(pipeline.root, moved, ignore=lambda *_: ["images"])
     manifest = artifact.read_json(moved / "stage2" / "manifest.json")
     artifact.write_json(moved / "stage2" / "manifest.json", manifest | {"config": "other"})
     with pytest.raises(OSError, match="stopped"):
         sweep(tiny.Pipeline(moved, {}), tmp_path, {"stage": 1, "guidance": 1.0}, probe={"seed": 1})
-    assert len(list((tmp_path / "state").iterdir())) == 3
+    assert len(list((tmp_path / "state").iterdir())) == 5
