@@ -82,10 +82,11 @@ def results(key: str, scores: dict[str, dict[str, float]]) -> None:
 
 def sweep(key: str, table: dict[str, dict[str, Any]]) -> None:
     """A checkpoint's sweep: variants of its stages, then reconstructions, then the probe, each where there are some."""
+    ordered = sorted(table.items(), key=lambda item: (item[1]["kind"], item[1].get("guidance", 0), item[0]))
     for title, metrics in (("sweep", METRICS), ("reconstruction", SIMILARITIES)):
         rows = [
             [name, f"{row['evaluations']:g}", *(cell(row, metric) for metric in metrics), str(row["num_samples"])]
-            for name, row in table.items()
+            for name, row in ordered
             if next(iter(metrics)) in row
         ]
         if rows:

@@ -53,6 +53,12 @@ def test_a_sweep_is_printed_by_kinds(capsys: Captured):
     assert "reconstruction" not in capsys.readouterr().out
 
 
+def test_a_sweep_is_printed_by_guidance(capsys: Captured):
+    scales = {scale: SCORES | {"kind": "stage2", "guidance": scale, "evaluations": 30.0} for scale in (1.5, 10.0, 2.0)}
+    tables.sweep("mnist-1500", {f"guidance={scale:g}": row for scale, row in scales.items()})
+    assert [line[0] for line in cells(capsys.readouterr().out)] == ["guidance=1.5", "guidance=2", "guidance=10"]
+
+
 def test_side_by_side_has_the_rows_with_fid_that_all_have(capsys: Captured):
     both: dict[str, dict[str, Any]] = {"stage2": OLD, "probe": {"kind": "probe", "top1": 0.5}}
     tables.side_by_side({"one": both, "two": both | {"stage3": OLD}})
