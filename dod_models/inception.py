@@ -13,7 +13,6 @@ import torch
 from jaxtyping import UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch_fidelity import feature_extractor_inceptionv3 as port
 
 from dod_models import artifact
 from dod_models.codec import device
@@ -22,8 +21,8 @@ from dod_models.features import SPATIAL_CHANNELS, Extractor, FeatureSet
 
 NAME = "inception-2015-12-05"
 WIDTH, SPATIAL_WIDTH = 2048, 17 * 17 * SPATIAL_CHANNELS
-URL = port.URL_INCEPTION_V3
-WEIGHTS = URL.rsplit("/", 1)[1]
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
 # The file's name has its first eight digits. HyperGAN and snap-research/discoscene, among others, pin the whole.
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
@@ -42,6 +41,10 @@ def full_precision() -> Iterator[None]:
 
 def network(state: dict[str, Tensor]) -> nn.Module:
     """torch-fidelity's network with these weights, which gives pooled features (N, 2048) and unbiased logits."""
+    from torch_fidelity import (
+        feature_extractor_inceptionv3 as port,  # late: it imports torchvision, which takes seconds
+    )
+
     # Its constructor downloads the weights, or unpickles them without a check; here it is handed ours instead.
     with mock.patch.object(port, "load_state_dict_from_url", lambda *_, **__: state):
         net: nn.Module = port.FeatureExtractorInceptionV3(NAME, ["2048", "logits_unbiased"])

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from dod_models import artifact, inception
@@ -31,6 +31,10 @@ def theirs(inception_weights):
 @pytest.fixture(scope="module")
 def found(extractor):
     return extractor([IMAGES])
+
+
+def test_the_weights_are_those_that_torch_fidelity_would_fetch():
+    assert inception.URL == URL_INCEPTION_V3
 
 
 def test_pooled_features_and_logits_are_torch_fidelity_s_of_the_same_weights(found, theirs):

@@ -108,7 +108,7 @@ def blow(project: Project, rng: random.Random, phase: str, pause: float) -> dict
     return {"victim": victim, "phase": hit, "aimed": phase, "seconds": round(seconds, 1), "status": command.end(1)}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("names", [pytest.param(EARLY, id="data"), pytest.param(LATE, id="training")])
 def test_a_chain_of_kills_changes_no_result(
     own: Project, built: Project, home: Path, base: Path, names: tuple[str, ...]

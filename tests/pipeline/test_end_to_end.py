@@ -8,6 +8,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from dod_pipeline import tables
+
 from . import project as tiny
 from .project import Project
 
@@ -20,10 +22,10 @@ FIELDS = {
 def test_run_makes_every_stage_and_prints_both_stages_and_floors(built: Project):
     printed = (built.root.parent / "log.txt").read_text()
     assert set(tiny.STAGES) <= set(built.lock())
-    numbers = r"( │ +-?\d+\.\d{3}){4} │ +70 │"  # FID, IS, precision, recall, samples
+    numbers = r"( │ +-?\d+\.\d+( ± \d+\.\d+)?){6} │ +70 │"  # FID, sFID, KID, IS, precision, recall, samples
     for row in ("stage 1", "stage 2", "floor: held-out real images", "floor: the codec's reconstructions"):
         assert re.search(rf"│ {row} *{numbers}", printed), row
-    for title in ("FID", "IS", "precision", "recall", "samples"):
+    for title in ("FID", "sFID", "KID", "IS", "precision", "recall", "samples"):
         assert f" {title} ┃" in printed
 
 
@@ -41,7 +43,7 @@ def test_the_printed_numbers_are_those_of_the_metrics_file(built: Project):
     scores = json.loads((built.root / "metrics" / "tiny" / "tiny-6.json").read_text())
     printed = (built.root.parent / "log.txt").read_text()
     for name, row in {"stage 1": scores["stage1"], "floor: held-out real images": scores["floor"]}.items():
-        shown = " │ +".join(f"{row[m]:.3f}" for m in ("fid", "inception_score", "precision", "recall"))
+        shown = " │ +".join(re.escape(tables.cell(row, metric)) for metric in tables.METRICS)
         assert re.search(rf"{name} *│ +{shown} │", printed)
 
 
@@ -66,7 +68,7 @@ def test_the_history_says_what_was_measured_and_how(built: Project, shared: Proj
     for row in records.values():
         assert set(row) >= FIELDS
         assert (row["experiment"], row["checkpoint"], row["num_samples"]) == ("tiny", "tiny-6", 70)
-        assert set(row["metrics"]) == {"fid", "inception_score", "precision", "recall"}
+        assert set(row["metrics"]) == {*tables.METRICS, "fid_error"}
     assert len({row["extractor"]["digest"] for row in records.values()}) == 1
     assert records[1]["weights"] == records[2]["weights"] and records["floor"]["weights"] is None
     assert records[1]["config"] != records[2]["config"]
@@ -136,7 +138,6 @@ def test_an_edit_of_the_evaluation_leaves_training_and_samples_alone(own: Projec
     assert "metrics@tiny-6" in stale
     assert not stale & {
         "dataset@tiny",
-        "reference@tiny",
         "latents@tiny",
         "train@tiny",
         "stage1@tiny-6",
