@@ -69,7 +69,7 @@ def test_the_table_has_differences_errors_and_what_else_differs(capsys: Captured
     assert cli.main(["compare", "a", "b"]) == 0
     printed = capsys.readouterr().out
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
-    assert ["fid", "10.000 ± 0.300", "12.000 ± 0.400", "+2.000", "+20.0%"] in cells
+    assert ["fid", "10.000 ± 0.588", "12.000 ± 0.784", "+2.000", "+20.0%"] in cells  # 95 %
     assert ["precision", "0.500", "0.400", "-0.100", "-20.0%"] in cells
     assert "seed: 0 and 3" in printed and "guidance: 1.0 and 3.0" in printed and "weights" not in printed
 
