@@ -50,9 +50,8 @@ class FeatureSet(NamedTuple):
         with safe_open(path, framework="pt") as file:
             total = file.get_slice(cls._fields[0]).get_shape()[0]
         for start in range(0, total, ROWS_AT_ONCE):
-            with safe_open(
-                path, framework="pt"
-            ) as file:  # anew: pages of the file stay in memory as long as it is open
+            # Anew each time: pages of the file stay in memory as long as it is open.
+            with safe_open(path, framework="pt") as file:
                 yield cls(*(file.get_slice(name)[start : start + ROWS_AT_ONCE] for name in cls._fields))
 
 

@@ -132,7 +132,7 @@ def build_metrics(
     samples = {"stage1": StoredSamples(stage1), "stage2": StoredSamples(stage2)}
     for stored in samples.values():
         check_samples(stored.count, config.num_samples, name=str(stored.folder))
-    folder, process = state / source.key(config.digest, (reference, codec, stage1, stage2)), this_process()
+    folder, process = state / source.key("score", config.digest, (reference, codec, stage1, stage2)), this_process()
     alone = process.world == 1
     with artifact.locked(folder / ("out" if alone else f"process-{process.rank}")):
         work = Work(folder, samples, decoder, config)

@@ -113,7 +113,8 @@ class Sweep:
         names = [*config.variants(), *([] if config.probe is None else [PROBE])]
         # Where each row's work lies: its own place, so that a table with a row more goes on from it.
         self.folders = {
-            name: state / source.key(config.settings(name), [inputs[i] for i in sorted(inputs)]) for name in names
+            name: state / source.key("sweeps", config.settings(name), [inputs[i] for i in sorted(inputs)])
+            for name in names
         }
         self.models: dict[float, DoD] = {}
 
@@ -152,11 +153,9 @@ class Sweep:
         stage, sampling = variant
         earlier = [self.inputs[f"stage{number}"] for number in range(1, stage)]
         before = [Spent.stated(artifact.read_manifest(folder, schema=SAMPLES_SCHEMA)["about"]) for folder in earlier]
-        labels, previous = Samples.load(self.inputs["stage1"]).labels, None
-        if earlier:
-            previous, labels = Samples.load(earlier[-1])
-        model = self.model(sampling.ema_decay)
-        latents, own = sample_stage(model, sampling, stage=stage, labels=labels, previous=previous, title=title)
+        known = Samples.load(earlier[-1] if earlier else self.inputs["stage1"])  # labels are the same in all stages
+        model, previous = self.model(sampling.ema_decay), known.latents if earlier else None
+        latents, own = sample_stage(model, sampling, stage=stage, labels=known.labels, previous=previous, title=title)
         count = self.config.num_samples
         scores = self.evaluator.score(self.evaluator.gathered(self.codec, latents, count, name="sweeps"))
         return {**scores, "num_samples": count, **self.price(variant, own, before)}

@@ -117,18 +117,32 @@ def spent(params: Params, job: Job, name: str) -> dict[str, Any]:
     return {} if pace is None else pace._asdict()
 
 
-def measured_with(job: Job, kind: str) -> dict[str, Any]:
-    """Extractor, reference, codec and data of a row."""
-    about = artifact.read_json(job.inputs["reference"] / artifact.MANIFEST)["about"]
-    against_originals = kind in ("reconstruction", "probe")
-    return {
-        "extractor": None if kind == "probe" else about["extractor"],
-        "reference": about["dataset"]
-        if against_originals
-        else artifact.sha256_file(job.inputs["reference"] / artifact.MANIFEST),
-        "codec": None if kind == "floor" else artifact.sha256_file(job.inputs["codec"] / artifact.MANIFEST),
-        "data": about["dataset"],
-    }
+class Measured(NamedTuple):
+    """What a job's rows were measured with: the extractor, and the sha256 of the others' manifests."""
+
+    extractor: dict[str, str]
+    reference: str
+    codec: str
+    data: str
+
+    @classmethod
+    def of(cls, job: Job) -> "Measured":
+        """Read what the job's inputs state."""
+        reference, codec = (job.inputs[name] / artifact.MANIFEST for name in ("reference", "codec"))
+        about = artifact.read_json(reference)["about"]
+        digests = {"reference": artifact.sha256_file(reference), "codec": artifact.sha256_file(codec)}
+        return cls(extractor=about["extractor"], data=about["dataset"], **digests)
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        """Those of a row's record; reconstructions and probes are compared with the images themselves."""
+        found: dict[str, Any] = self._asdict()
+        if kind == "floor":
+            found["codec"] = None
+        if kind == "probe":
+            found["extractor"] = None
+        if kind in ("reconstruction", "probe"):
+            found["reference"] = self.data
+        return found
 
 
 def records(params: Params, job: Job) -> list[Record]:
@@ -138,7 +152,7 @@ def records(params: Params, job: Job) -> list[Record]:
     item = params.checkpoints[job.key]
     now, commit = datetime.now(UTC), current_commit()
     checkpoint = artifact.read_json(Path("train", item.experiment, f"step-{item.step}", artifact.MANIFEST))
-    known, found = samplings(job), []
+    known, measured, found = samplings(job), Measured.of(job), []
     for number, (name, row) in enumerate(artifact.read_json(job.out).items()):
         kind = row.get("kind", name)
         sampled = known.get(name)
@@ -154,7 +168,7 @@ def records(params: Params, job: Job) -> list[Record]:
             **{name: row.get(name) for name in FIELDS - {"num_samples"}},
             "train_seed": None if kind in ("floor", "codec") else checkpoint["about"]["seed"],
             **origin(sampled, job, kind),
-            **measured_with(job, kind),
+            **measured.fields(kind),
             **spent(params, job, name),
             "commit": commit,
         }

@@ -4,7 +4,6 @@ A block's scores are kept under `.state/gate/`, by the digest of everything that
 weights, codec, reference, and the code. An incumbent's blocks are not sampled again, and a killed gate goes on.
 """
 
-import ast
 import hashlib
 import json
 from pathlib import Path
@@ -150,35 +149,15 @@ def check_retrains(subjects: list[Subject]) -> None:
         raise ValueError(f"the training seeds are {', '.join(map(str, seeds))}; each must be another one")
 
 
-def code(module: str) -> dict[str, str]:
-    """sha256 of a module of dod_models, and of those that it imports, directly or not, by name."""
-    import dod_models
-
-    folder, todo = Path(dod_models.__file__).parent, [module]
-    found: dict[str, str] = {}
-    while todo:
-        name = todo.pop()
-        path = folder / f"{name}.py"
-        if name in found or not path.is_file():
-            continue
-        found[name] = artifact.sha256_file(path)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "dod_models":
-                todo += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dod_models."):
-                todo.append(node.module.removeprefix("dod_models."))
-    return found
-
-
 def job(one: Subject, block: int, *, seeds: dict[str, int]) -> stages.Job:
     """The computation of a block, under the sampling seeds that all compared ones share."""
+    from dod_models import source  # late, as the next: this imports torch
     from dod_models.trial import TrialConfig
 
     sampling = {name: one.sampling[name] | {"seed": seeds[name]} for name in SAMPLED}
     values = {"block": block, "num_samples": one.measure.num_samples, **sampling}
     config = TrialConfig.parse(values, place=f"params.yaml: sampling of {one.key}")
-    origin = {"config": config.digest, "code": code("trial"), **expected(one)}
-    name = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+    name = source.key("trial", config.digest, one.inputs.values())
     return stages.Job("trial", one.key, config, one.inputs, CACHE / f"{name}.json", None)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dod_models import artifact
+from dod_models import artifact, source
 from dod_pipeline import cli, gate, history, trials
 from dod_pipeline.config import Params
 from dod_pipeline.gate import Calibration, Verdict
@@ -258,7 +258,7 @@ def test_the_gate_s_settings_change_no_digest(fake: dict[str, Any]):
 
 
 def test_a_block_s_scores_depend_on_the_modules_that_it_imports():
-    assert {f"dod_models/{name}.py" for name in trials.code("trial")} == closure("dod_models.trial")
+    assert {f"dod_models/{name}.py" for name in source.code("trial")} == closure("dod_models.trial")
 
 
 @pytest.mark.timeout(600)
