@@ -17,8 +17,9 @@ from dod_pipeline.stages import Job
 SHARDED = ("latents", "metrics")  # several processes make their shards, and the launching one puts them together
 SPLIT = ("train", *SHARDED)  # the stages that several processes can share
 
-# Environment: how many processes share such a stage on a machine, e.g. one for each GPU; for training also on how many
-# machines, each of which is told the same but for its own number, from 0; and where number 0 listens (host:port).
+# Environment: how many processes share such a stage on a machine, e.g. one for each GPU; on how many machines, each of
+# which is told the same but for its own number, from 0; and where number 0 listens (host:port). Shards made by others
+# reach number 0 through a `.state` that all of them share; it makes those that it doesn't find.
 PROCESSES, MACHINES, MACHINE, MAIN = "DOD_PROCESSES", "DOD_MACHINES", "DOD_MACHINE", "DOD_MAIN"
 
 NOTICE = "100"  # seconds that processes have to save; a spot instance is taken away 120 seconds after the notice
@@ -43,7 +44,7 @@ def machines_of(stage: str) -> tuple[int, int]:
     machines, machine = number(MACHINES, of="a number of machines", least=1), number(MACHINE, of="a machine", least=0)
     if machine >= machines:
         raise ValueError(f"{MACHINE}={machine}: must be below {MACHINES}, which is {machines}")
-    return (machines, machine) if stage == "train" else (1, 0)
+    return (machines, machine) if stage in SPLIT else (1, 0)
 
 
 def is_helper(stage: str) -> bool:
@@ -70,7 +71,7 @@ def run(job: Job) -> int:
     launcher = [sys.executable, "-m", "torch.distributed.run", *meeting, *options, *worker]
     code = wait_for(held(launcher), environment)
     # Shards are made by all, and put together by this process: no one of them waits for another.
-    return cli.main(job.arguments()) if code == 0 and job.stage in SHARDED else code
+    return cli.main(job.arguments()) if code == 0 and job.stage in SHARDED and machine == 0 else code
 
 
 def wait_for(command: list[str], environment: dict[str, str]) -> int:

@@ -1,6 +1,7 @@
 """A training in several processes and on several machines, here two launchers on one; and a notice to stop."""
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 
@@ -21,19 +22,40 @@ def losses(project: Project) -> list[float]:
     return [json.loads(line)["loss"] for line in (project.root / "train/tiny/curve.jsonl").read_text().splitlines()]
 
 
+def together(machines: list[Project], words: tuple[str, ...]) -> list[str]:
+    """Run a command on several machines at once; what each of them said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        main = f"127.0.0.1:{free.getsockname()[1]}"
+    known = {"DOD_MACHINES": str(len(machines)), "DOD_MAIN": main, **CPU}
+    team = [Command(project, *words, DOD_MACHINE=str(i), **known) for i, project in enumerate(machines)]
+    for command in team:
+        assert command.end(LONGEST) == 0, command.text
+    return [command.text for command in team]
+
+
+@pytest.mark.timeout(600)
+def test_two_machines_score_as_one_process_does(own: Project):
+    """Half of the samples each, into a folder that they share; the first one puts the scores together."""
+    scores = own.root / "metrics" / "tiny" / "tiny-6.json"
+    alone = scores.read_bytes()
+    scores.unlink()
+    other = own.copy(own.root.parent / "other")
+    shutil.rmtree(other.root / ".state", ignore_errors=True)
+    (other.root / ".state").symlink_to(own.root / ".state")
+    first, second = together([own, other], ("dod", "stage", "metrics", "tiny-6"))
+    assert scores.read_bytes() == alone
+    assert "score: 100%" in first and "score:   0%" not in first  # nothing was left to be done by one alone
+    assert "score: " not in second and not (other.root / "metrics" / "tiny" / "tiny-6.json").exists()
+
+
 @pytest.mark.timeout(600)
 def test_two_machines_train_as_one_process_does(own: Project):
     alone, ledger = losses(own), (own.root / "train/tiny/ledger.jsonl").read_bytes()
     records = list((own.root / "history" / "costs").rglob("*.json"))
     own.run("rm", "-r", "train/tiny", ".state/train")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        main = f"127.0.0.1:{free.getsockname()[1]}"
     other = own.copy(own.root.parent / "other")  # the same params and latents, a disk of its own
-    machines = {"DOD_MACHINES": "2", "DOD_MAIN": main, **CPU}
-    team = [Command(p, *TRAIN, DOD_MACHINE=str(i), **machines) for i, p in enumerate((own, other))]
-    for command in team:
-        assert command.end(LONGEST) == 0, command.text
+    together([own, other], TRAIN)
     assert losses(own) == pytest.approx(alone, rel=1e-5)
     assert (own.root / "train/tiny/ledger.jsonl").read_bytes() == ledger
     artifact.verify(own.root / "train" / "tiny", schema="train/2")
