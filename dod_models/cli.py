@@ -58,7 +58,7 @@ STAGES = {
         "sweeps",
         "SweepConfig",
         "build_sweeps",
-        ("checkpoint", "reference", "codec", "dataset", "latents", "stage1", "stage2", "state"),
+        ("checkpoint", "reference", "codec", "dataset", "latents", "stage1", "stage2", "state", "picture"),
     ),
     "trial": Stage("trial", "TrialConfig", "build_trial", ("checkpoint", "reference", "codec")),
     "generate": Stage("generate", "GenerateConfig", "generate", ("checkpoint", "codec")),

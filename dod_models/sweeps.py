@@ -1,11 +1,15 @@
 """Stage `sweeps`: scores of variants of a checkpoint's sampling, its reconstructions, and a linear probe of its LEM.
 
-For checkpoints that ask for it. A row is the unit of work: a killed sweep goes on with those that lack.
+For checkpoints that ask for it. A row is the unit of work: a killed sweep goes on with those that lack. Beside the
+table a picture shows the same samples through the stages, and `TOOK` what sampling took, which no two runs have alike.
 """
 
 import logging
+import os
 import shutil
-from functools import cached_property
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,16 +22,19 @@ from dod_models.config import Frozen
 from dod_models.cost import Spent
 from dod_models.data import LatentShards
 from dod_models.evaluator import Evaluator
+from dod_models.flow import Latent
 from dod_models.model import DoD
 from dod_models.probe import ProbeConfig
 from dod_models.reconstruct import Originals, Reconstruction
-from dod_models.sample import ALWAYS, Evaluations, SampleConfig, Samples, sample_stage
+from dod_models.sample import ALWAYS, Evaluations, SampleConfig, Samples, draw_grid, sample_stage
 from dod_models.sample import SCHEMA as SAMPLES_SCHEMA
 
 log = logging.getLogger(__name__)
 
 RECONSTRUCTION = "reconstruction"
 PROBE = "probe"
+TOOK = "took.json"  # below `state`: name of a row -> seconds that its own stage's sampling took
+GRID = "grid.png"
 
 
 class SweepRow(Frozen):
@@ -148,22 +155,51 @@ class Sweep:
         gflops = cost.per_sample(self.gflops, spent, first=variant.stage - len(before))[-1]
         return {"evaluations": sum(s.conditional + s.null for s in spent), **gflops}
 
-    def generate(self, variant: Variant, *, title: str) -> dict[str, Any]:
+    def timed(self, name: str, sample: Callable[[], tuple[Latent, Evaluations]]) -> tuple[Latent, Evaluations]:
+        """Sample a row, and note the seconds."""
+        started = time.monotonic()
+        found = sample()
+        artifact.write_json(self.folders[name] / TOOK, round(time.monotonic() - started, 3))
+        return found
+
+    def draw(self, path: Path, *later: Latent) -> None:
+        """A picture of the first samples of each class through stages 1, 2 and `later` ones (Fig. 5)."""
+        known = [Samples.load(self.inputs[name]) for name in ("stage1", "stage2")]
+        stages = enumerate([*(samples.latents for samples in known), *later], 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_grid(path, [(f"stage {number}", latents) for number, latents in stages], known[0].labels, self.codec)
+
+    def publish_picture(self, path: Path) -> None:
+        """The picture of the first row of stage 3, or one without it."""
+        drawn = next((grid for folder in self.folders.values() if (grid := folder / GRID).exists()), None)
+        if drawn is None:
+            self.draw(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(drawn, beside := path.with_name(f".{path.name}.partial"))
+            os.replace(beside, path)
+
+    def generate(self, name: str, *, title: str) -> dict[str, Any]:
         """The numbers of a stage."""
+        variant = self.config.variants()[name]
         stage, sampling = variant
         earlier = [self.inputs[f"stage{number}"] for number in range(1, stage)]
         before = [Spent.stated(artifact.read_manifest(folder, schema=SAMPLES_SCHEMA)["about"]) for folder in earlier]
         known = Samples.load(earlier[-1] if earlier else self.inputs["stage1"])  # labels are the same in all stages
         model, previous = self.model(sampling.ema_decay), known.latents if earlier else None
-        latents, own = sample_stage(model, sampling, stage=stage, labels=known.labels, previous=previous, title=title)
+        sample = partial(sample_stage, model, sampling, stage=stage, labels=known.labels, previous=previous, title=title)
+        latents, own = self.timed(name, sample)
+        if stage > 2:
+            self.draw(self.folders[name] / GRID, latents)
         count = self.config.num_samples
         scores = self.evaluator.score(self.evaluator.gathered(self.codec, latents, count, name="sweeps"))
         return {**scores, "num_samples": count, **self.price(variant, own, before)}
 
-    def reconstruct(self, variant: Variant, *, title: str) -> dict[str, Any]:
+    def reconstruct(self, name: str, *, title: str) -> dict[str, Any]:
         """The numbers of a reconstruction; what it would take to come by a prior is not counted."""
+        variant = self.config.variants()[name]
         model = self.model(variant.sampling.ema_decay)
-        latents, own = self.reconstruction.sample(model, variant.sampling, title=title)
+        latents, own = self.timed(name, partial(self.reconstruction.sample, model, variant.sampling, title=title))
         numbers = self.reconstruction.compare(latents, title=f"{title}, images")
         return {**numbers, "num_samples": len(latents), **self.price(variant, own, [])}
 
@@ -190,9 +226,9 @@ class Sweep:
         if name == PROBE:
             assert self.config.probe is not None
             return {"kind": PROBE, **self.probe(self.config.probe, title=title)}
-        variant, kind = self.config.variants()[name], name.split()[0]
+        guidance, kind = self.config.variants()[name].sampling.guidance, name.split()[0]
         make = self.reconstruct if kind == RECONSTRUCTION else self.generate
-        return {"kind": kind, "guidance": variant.sampling.guidance, **make(variant, title=title)}
+        return {"kind": kind, "guidance": guidance, **make(name, title=title)}
 
 
 def build_sweeps(
@@ -206,6 +242,7 @@ def build_sweeps(
     stage1: Path,
     stage2: Path,
     state: Path,
+    picture: Path,
     out: Path,
 ) -> dict[str, Any]:
     """The table: for each row its numbers, their kind, and what a sample of it takes, earlier stages included.
@@ -224,6 +261,9 @@ def build_sweeps(
                 log.info(f"sweeps: {title}")
                 artifact.write_json(note, sweep.row(name, title=title))
             table[name] = artifact.read_json(note)
+        took = {name: artifact.read_json(note) for name, f in sweep.folders.items() if (note := f / TOOK).exists()}
+        artifact.write_json(state / TOOK, took)
+        sweep.publish_picture(picture)
         artifact.write_json(out, table)
         for folder in sweep.folders.values():
             shutil.rmtree(folder)

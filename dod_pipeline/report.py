@@ -75,8 +75,14 @@ class Subject:
         return found
 
     def grid(self, checkpoint: str) -> Path:
-        """The picture of a checkpoint's samples, stage 2 under stage 1."""
-        return self.inputs["samples"] / checkpoint / "stage2" / "grid.png"
+        """The picture of a checkpoint's samples, stage 2 under stage 1; under both stage 3, where a sweep has it."""
+        folder = self.inputs["samples"] / checkpoint
+        return folder / (stages.SWEEP_PICTURE if checkpoint in self.sweeps else Path("stage2", "grid.png"))
+
+    def stages_shown(self, checkpoint: str) -> str:
+        """Which stages the picture shows."""
+        swept = self.sweeps.get(checkpoint, {}).values()
+        return "1, 2 and 3" if any(row["kind"] == "stage3" for row in swept) else "1 and 2"
 
     def manifest(self, stage: str, key: str) -> dict[str, Any]:
         """The manifest of a stage instance."""
@@ -144,6 +150,7 @@ def page(subject: Subject) -> str:
         floors_equal=all(floors_of(scores) == floors(subject) for scores in subject.scores.values()),
         outdated=outdated(subject),
         grids={name: image(subject.grid(name)) for name in subject.scores},
+        through=subject.stages_shown(list(subject.scores)[-1]),
         figures=drawn(subject),
         counts=subject.facts("dataset"),
         codec=subject.facts("codec"),

@@ -14,6 +14,7 @@ BY_EXPERIMENT = ("train", "report")
 BY_CHECKPOINT = ("stage1", "stage2", "metrics", "sweeps")
 ORDER = (*BY_DATASET, "train", "stage1", "stage2", "metrics", "sweeps", "report")
 LAST = ORDER[-1]
+SWEEP_PICTURE = "sweep.png"  # beside a checkpoint's samples: the same samples through the stages, the third one too
 
 
 class Job(NamedTuple):
@@ -92,6 +93,7 @@ def paths(params: Params, stage: str, key: str) -> tuple[dict[str, Path], Path, 
         "stage1": samples / "stage1",
         "stage2": samples / "stage2",
         "previous": samples / "stage1",
+        "picture": samples / SWEEP_PICTURE,  # a second output
     }
     inputs = {name: known[name] for name in COMPUTATIONS[stage].inputs if name != "state"} | state_of(stage, key)
     if stage in ("metrics", "sweeps"):  # beside each other: a report needs all of its experiment's

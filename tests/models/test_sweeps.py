@@ -15,8 +15,8 @@ from dod_models.data import LatentShards
 from dod_models.evaluator import Evaluator
 from dod_models.images import ImageFolder
 from dod_models.probe import Features, exact
-from dod_models.sample import SampleConfig, Samples, sample_stage
-from dod_models.sweeps import Sweep, SweepConfig, build_sweeps
+from dod_models.sample import SampleConfig, Samples, draw_grid, sample_stage
+from dod_models.sweeps import TOOK, Sweep, SweepConfig, build_sweeps
 
 from . import tiny
 from .test_encode import DRIVER
@@ -32,7 +32,8 @@ def settings(*rows, **others):
 def sweep(pipeline, root, *rows, **others):
     """The table of the stage with its work in progress below `root`."""
     inputs = {name: pipeline.root / name for name in INPUTS} | {"checkpoint": pipeline.checkpoint}
-    return build_sweeps(settings(*rows, **others), **inputs, state=root / "state", out=root / "sweeps.json")
+    places = {"state": root / "state", "picture": root / "sweep.png", "out": root / "sweeps.json"}
+    return build_sweeps(settings(*rows, **others), **inputs, **places)
 
 
 def test_a_row_of_the_sweep_that_changes_nothing_repeats_the_metrics(pipeline, tmp_path):
@@ -56,7 +57,9 @@ def test_a_row_of_the_sweep_that_changes_nothing_repeats_the_metrics(pipeline, t
     names = ["stage2 guidance=3 euler steps=1 null=label", "stage2 guidance=2 euler steps=2 null=both t=0.25-1"]
     assert list(table)[2:] == names
     assert artifact.read_json(tmp_path / "sweeps.json") == table
-    assert list((tmp_path / "state").iterdir()) == []
+    assert [path.name for path in (tmp_path / "state").iterdir()] == [TOOK]
+    seconds = artifact.read_json(tmp_path / "state" / TOOK)
+    assert list(seconds) == sorted(table) and min(seconds.values()) > 0
 
 
 def test_a_row_states_the_gflops_of_a_sample(pipeline, tmp_path):
@@ -89,6 +92,9 @@ def test_stage_3_starts_from_the_samples_of_stage_2(pipeline, tmp_path):
     wanted = evaluator.score(evaluator.gathered(Codec.load(pipeline.codec), latents, 70, name="stage 3"))
     assert wanted.items() <= row.items()
     assert row["kind"] == "stage3" and row["evaluations"] == 2 + 4 + 4
+    stages = [(f"stage {n}", Samples.load(pipeline.root / f"stage{n}").latents) for n in (1, 2)]
+    draw_grid(tmp_path / "own.png", [*stages, ("stage 3", latents)], labels, Codec.load(pipeline.codec))
+    assert (tmp_path / "sweep.png").read_bytes() == (tmp_path / "own.png").read_bytes()
 
 
 def test_the_probe_is_fitted_to_training_images_and_scored_on_held_out_ones(pipeline, tmp_path):
@@ -140,6 +146,7 @@ def test_a_killed_sweep_goes_on_with_the_rows_that_lack(pipeline, undisturbed, t
     inputs = {name: pipeline.root / name for name in INPUTS} | {"checkpoint": pipeline.checkpoint}
     words = [text for name, path in inputs.items() for text in (f"--{name}", str(path))]
     words += ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "sweeps.json")]
+    words += ["--picture", str(tmp_path / "sweep.png")]
     command = ["sweeps", "--config", settings(*ROWS, probe=True).canonical(), *words]
     fourth = Sweep(settings(*ROWS), inputs, tmp_path / "state").folders["reconstruction guidance=1 euler steps=2"]
     done = subprocess.run(
@@ -158,7 +165,9 @@ def test_a_killed_sweep_goes_on_with_the_rows_that_lack(pipeline, undisturbed, t
         "sweeps: row 5 of 6: reconstruction guidance=2 euler steps=2 null=both",
         "sweeps: row 6 of 6: probe",
     ]
-    assert list((tmp_path / "state").iterdir()) == []
+    assert [path.name for path in (tmp_path / "state").iterdir()] == [TOOK]
+    seconds = artifact.read_json(tmp_path / "state" / TOOK)  # those of rows that were done before too
+    assert len(seconds) == 5 and min(seconds.values()) > 0
 
 
 def test_a_table_with_a_scale_more_goes_on_from_the_rows_that_are_done(pipeline, tmp_path, monkeypatch):
@@ -178,7 +187,7 @@ def test_a_table_with_a_scale_more_goes_on_from_the_rows_that_are_done(pipeline,
     found = sweep(pipeline, tmp_path, {"stage": 2, "guidance": [0.5, 1.0, 2.0, 3.0]})
     assert [name.split()[1] for name in found] == [f"guidance={scale}" for scale in ("0.5", "1", "2", "3")]
     assert [name.split()[1] for name in made[3:]] == ["guidance=0.5", "guidance=3"]
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["other"]
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["other", TOOK]
 
 
 def test_other_inputs_or_settings_do_not_go_on_from_these_rows(pipeline, tmp_path, monkeypatch):
