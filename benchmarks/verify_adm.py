@@ -70,7 +70,19 @@ def fetch(file: File, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     had = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(file.url, headers={"Range": f"bytes={had}-"} if had else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+    try:
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        if error.headers.get("Content-Range") != f"bytes */{had}":
+            partial.unlink()
+            raise ConnectionError(f"{partial}: is no part of {file.url}; removed, run it again") from None
+        os.replace(partial, target)  # all had come
+        return target
+    with answer:
+        if "Content-Length" not in answer.headers:
+            raise ConnectionError(f"{file.url}: the server doesn't say how long it is; fetch it by hand")
         goes_on = answer.status == http.HTTPStatus.PARTIAL_CONTENT
         had = had if goes_on else 0
         total = had + int(answer.headers["Content-Length"])

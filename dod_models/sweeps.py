@@ -187,8 +187,8 @@ class Sweep:
         before = [Spent.stated(artifact.read_manifest(folder, schema=SAMPLES_SCHEMA)["about"]) for folder in earlier]
         known = Samples.load(earlier[-1] if earlier else self.inputs["stage1"])  # labels are the same in all stages
         model, previous = self.model(sampling.ema_decay), known.latents if earlier else None
-        sample = partial(sample_stage, model, sampling, stage=stage, labels=known.labels, previous=previous, title=title)
-        latents, own = self.timed(name, sample)
+        sample = partial(sample_stage, model, sampling, stage=stage, labels=known.labels, title=title)
+        latents, own = self.timed(name, partial(sample, previous=previous))
         if stage > 2:
             self.draw(self.folders[name] / GRID, latents)
         count = self.config.num_samples

@@ -30,6 +30,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = (self.server.folder / self.path.lstrip("/")).read_bytes()
         begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
         self.server.ranges.append(begin)
+        if begin >= len(data):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            return self.end_headers()
         self.send_response(206 if "Range" in self.headers else 200)
         self.send_header("Content-Length", str(len(data) - begin))
         self.end_headers()
@@ -89,6 +93,18 @@ def test_a_fetch_that_broke_off_goes_on_where_it_was(server, files, tmp_path):
     assert server.ranges == [0, 30_000]
     assert verify_adm.fetch(files[0], tmp_path).read_bytes() == data  # it is there
     assert len(server.ranges) == 2
+
+
+def test_a_fetch_that_was_killed_before_its_end_was_noted_is_whole(server, files, tmp_path):
+    (server.folder / files[0].name).write_bytes(b"0123456789")
+    partial = tmp_path / f".{files[0].name}.partial"
+    partial.write_bytes(b"0123456789")
+    assert verify_adm.fetch(files[0], tmp_path).read_bytes() == b"0123456789" and not partial.exists()
+    (tmp_path / files[0].name).unlink()
+    partial.write_bytes(b"0123456789 and more")
+    with pytest.raises(ConnectionError, match=r"is no part of .*; removed, run it again"):
+        verify_adm.fetch(files[0], tmp_path)
+    assert verify_adm.fetch(files[0], tmp_path).read_bytes() == b"0123456789"
 
 
 def test_from_files_to_five_numbers_and_a_verdict(server, files, inception_weights, tmp_path, monkeypatch, capsys):
