@@ -197,8 +197,10 @@ def test_a_figure_appears_where_its_rows_do(own: Project, inside: Enter):
 
 
 def test_a_sweep_that_is_asked_for_and_not_made_is_named(own: Project, inside: Enter, page: Page):
-    assert "Not swept yet" not in page.text
+    assert "Not swept yet" not in page.text and "The same samples after stages 1 and 2:" in page.text
     inside(own)
+    sweep()
+    assert "The same samples after stages 1, 2 and 3:" in write().text
     Path("metrics/tiny/tiny-6.sweep.json").unlink()
     page = write()
     assert "Not swept yet: tiny-6." in page.text and "sweeps@tiny-6" not in page.text
@@ -239,7 +241,7 @@ def test_it_refers_to_nothing_outside_and_runs_nothing(page: Page):
 
 def test_its_pictures_are_the_grid_and_the_figures(shared: Project, page: Page):
     sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert sources[0] == report.image(shared.root / "samples/tiny/tiny-6/stage2/grid.png")
+    assert sources[0] == report.image(shared.root / "samples/tiny/tiny-6/sweep.png")
     assert [source.split(";")[0] for source in sources[1:]] == ["data:image/svg+xml"] * len(titles(page))
     assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
 
@@ -314,7 +316,7 @@ def test_other_floors_and_other_counts_stand_beside_their_own_checkpoint(own: Pr
             "dod: metrics/tiny: no checkpoint of tiny has been evaluated; `dod run tiny` does",
         ),
         ("train/tiny/manifest.json", "dod: train/tiny/manifest.json: missing; `dod run tiny` makes it, `dvc pull` f"),
-        ("samples/tiny/tiny-6/stage2/grid.png", "dod: samples/tiny/tiny-6/stage2/grid.png: missing; `dod run tiny`"),
+        ("samples/tiny/tiny-6/sweep.png", "dod: samples/tiny/tiny-6/sweep.png: missing; `dod run tiny`"),
     ],
 )
 def test_what_is_missing_is_named_with_the_command_that_makes_it(
