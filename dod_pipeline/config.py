@@ -6,10 +6,10 @@ checked by `stages.resolve`, so that commands which only list things stay fast.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, StringConstraints, field_validator, model_validator
 
 from dod_models.config import Frozen
 
@@ -97,6 +97,26 @@ class Sweep(Checkpoint):
     probe: bool | Settings = False
 
 
+class Storage(Frozen):
+    """When what was computed is pushed to DVC's remote: after each stage, at a run's end, or by hand."""
+
+    push: Literal["each", "end", "never"] = "never"
+    timeout: PositiveFloat = 600  # seconds that one `dvc push` or `dvc pull` may take
+
+
+class Versioning(Frozen):
+    """What git keeps of a run."""
+
+    git_commit: bool = False  # each run ends in a commit of dvc.lock and the small files beside it
+
+
+class Deployment(Frozen):
+    """What changes no result, and so is no stage's parameter: how this installation runs things and what it keeps."""
+
+    storage: Storage = Storage()
+    versioning: Versioning = Versioning()
+
+
 def identifier(key: str) -> str:
     """A key as Dagster allows it in names of groups, jobs and steps."""
     return re.sub(r"\W", "_", key)
@@ -118,6 +138,7 @@ class Params(Frozen):
     experiments: dict[Key, Experiment]
     checkpoints: dict[Key, Checkpoint]
     sweeps: dict[Key, Sweep] = Field(default_factory=dict)
+    deployment: Deployment = Field(default=Deployment(), exclude=True)  # no part of digests and of what pages show
 
     @model_validator(mode="after")
     def check_references(self) -> Self:
