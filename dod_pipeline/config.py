@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from dod_models.config import Frozen
 
@@ -110,11 +118,16 @@ class Versioning(Frozen):
     git_commit: bool = False  # each run ends in a commit of dvc.lock and the small files beside it
 
 
+# Dagster takes an e-mail address, or team:NAME.
+Owner = Annotated[str, StringConstraints(pattern=r"^(team:.+|[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,7})$")]
+
+
 class Deployment(Frozen):
     """What changes no result, and so is no stage's parameter: how this installation runs things and what it keeps."""
 
     storage: Storage = Storage()
     versioning: Versioning = Versioning()
+    owners: tuple[Owner, ...] = ()  # of every asset, as Dagster's pages show them
 
 
 def identifier(key: str) -> str:

@@ -60,6 +60,23 @@ def newest(job: Job, root: Path = COSTS) -> Cost | None:
     return max(found, key=lambda cost: (cost.time, cost.id), default=None)
 
 
+def after(stage: str, key: str, moment: float, root: Path = COSTS) -> Cost | None:
+    """The newest record of a stage instance, if it ended after a moment in Unix time."""
+    found = map(Cost.load, map(str, folder(root, stage, key).glob("*.json")))
+    return max((cost for cost in found if cost.time.timestamp() > moment), key=lambda cost: cost.time, default=None)
+
+
+def training_gflops(params: Params, experiment: str) -> float:
+    """What a training costs in GFLOPs, 2 for a multiply-add: by arithmetic, whatever it runs on."""
+    from dod_models.speed import training_flops  # late, as they import torch
+    from dod_models.state import TrainConfig
+
+    config = stages.resolve(params, "train", experiment).config
+    assert isinstance(config, TrainConfig)
+    images = config.steps * config.batch_size
+    return images * training_flops(config.model, prior_drop=config.prior_drop) / 1e9
+
+
 class Pace(NamedTuple):
     """How fast samples came about, all stages counted."""
 

@@ -47,8 +47,11 @@ class Extras(NamedTuple):
     kinds: frozenset[str] = frozenset()
     pool: str | None = None
     checks: tuple[str, ...] = ()  # names; each blocks what follows
-    check: Callable[[], Sequence[dg.AssetCheckResult]] = tuple  # their verdicts on what the instance made
+    check: Callable[[], Sequence[dg.AssetCheckResult]] = tuple  # their verdicts; one of severity WARN blocks nothing
     metadata: Callable[[], Metadata] = dict  # more than numbers and plots of dvc.yaml, once made
+    owners: tuple[str, ...] = ()
+    freshness: dg.FreshnessPolicy | None = None
+    run_tags: Callable[[float], Mapping[str, str]] = lambda _: {}  # once made; told when that began, in Unix time
 
 
 def asset_key(instance: Instance) -> dg.AssetKey:
@@ -88,6 +91,8 @@ class Pipeline:
             description=instance.desc or None,
             group_name=extras.group,
             kinds={*extras.kinds, "dvc"},
+            owners=extras.owners,
+            freshness_policy=extras.freshness,
             code_version=self.code[instance.name],
             metadata={"dvc": instance.name, "command": str(instance.cmd)},
             check_specs=[dg.AssetCheckSpec(name, asset=key, blocking=True) for name in extras.checks],
@@ -103,6 +108,7 @@ class Pipeline:
         if multiprocessing.parent_process() is not None:
             lifeline.hold()
         context.instance.add_run_tags(context.run.run_id, dict(self.run_tags()))
+        began = time.time()
         with dvc_repo.shared(self.graph.root), pipes(context) as session:
             try:
                 dvc_repo.repro_one(instance.name, root=self.graph.root, env=session.get_bootstrap_env_vars())
@@ -112,6 +118,7 @@ class Pipeline:
                 raise dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=pause) from error
             except OSError as error:
                 raise dg.Failure(description=str(error), allow_retries=False) from None
+            context.instance.add_run_tags(context.run.run_id, dict(self.extras[instance.name].run_tags(began)))
             return dg.MaterializeResult(
                 asset_key=self.keys[instance.name],
                 data_version=dg.DataVersion(self.version(instance.name).data),
@@ -186,6 +193,7 @@ class Pipeline:
                 passed=check.passed,
                 description=check.description,
                 metadata=check.metadata,
+                severity=check.severity,
                 blocking=True,
             )
             instance.report_runless_asset_event(evaluation)
