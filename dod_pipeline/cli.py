@@ -128,7 +128,7 @@ def do_stage(given: argparse.Namespace) -> int:
 
         lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
-    from dod_pipeline import costs, fetch, history, launch, stages
+    from dod_pipeline import costs, fetch, history, launch, provisional, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
@@ -140,7 +140,8 @@ def do_stage(given: argparse.Namespace) -> int:
         return 0
     fetch.inputs(job)
     started = time.monotonic()
-    code = launch.run(job)
+    with provisional.beside(params, job):
+        code = launch.run(job)
     if code != 0 or launch.is_helper(job.stage):  # the first machine has the results
         return code
     seconds = time.monotonic() - started

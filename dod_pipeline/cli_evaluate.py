@@ -1,7 +1,9 @@
-"""The commands of `dod` that read and judge evaluations: history, compare, gate, calibrate. Imports come late."""
+"""The commands of `dod` that make, read and judge evaluations: history, compare, gate, calibrate, provisional. Imports
+come late."""
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="at least 3, which differ in train.seed alone"
     )
     calibrate.set_defaults(action=do_calibrate)
+
+    provisional = commands.add_parser("provisional", help="score a training's saved steps, while it runs too")
+    provisional.add_argument("experiment", metavar="EXPERIMENT")
+    provisional.add_argument("--watch", action="store_true", help="go on as steps come, at low priority, until stopped")
+    provisional.set_defaults(action=do_provisional)
 
 
 def do_history(given: argparse.Namespace) -> int:
@@ -168,4 +175,17 @@ def do_calibrate(given: argparse.Namespace) -> int:
     )
     print("dod gate takes it from the history; to fix it, write into params.yaml:")
     print(f"  experiments.{found.experiment}.gate: {{tolerance: {found.tolerance:.4g}}}")
+    return 0
+
+
+def do_provisional(given: argparse.Namespace) -> int:
+    """Score the steps that are saved; with --watch, those to come too."""
+    from dod_pipeline import provisional, stages
+    from dod_pipeline.config import load_params
+
+    params = load_params()
+    stages.check_key(params, "train", given.experiment)
+    if given.watch:
+        os.nice(provisional.PATIENCE)
+    provisional.follow(params, given.experiment, watch=given.watch)
     return 0

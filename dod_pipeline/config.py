@@ -55,11 +55,19 @@ class Gate(Frozen):
         return self
 
 
+class Provisional(Frozen):
+    """Scores of saved steps while training runs: of how many samples, and where."""
+
+    num_samples: PositiveInt  # more than the evaluator has features: 2,048 of Inception's
+    every: PositiveInt | None = None  # steps; None: each one that is saved
+    devices: str = ""  # GPUs, as CUDA_VISIBLE_DEVICES has them; "": the CPU, so that training has its GPUs alone
+
+
 class Experiment(Frozen):
     """Settings of training, of sampling (of every stage, then what stage 1 and the later ones change), of scoring.
 
-    `compute` lays training out over the hardware, and `gate` compares what was made. No stage's result depends on
-    either, so DVC isn't told of them.
+    `compute` lays training out over the hardware, `gate` compares what was made, and `provisional` looks at it while it
+    is made. No stage's result depends on these, so DVC isn't told of them.
     """
 
     data: Key
@@ -70,6 +78,7 @@ class Experiment(Frozen):
     stage2: Settings
     evaluation: Settings
     gate: Gate = Gate()
+    provisional: Provisional | None = Field(default=None, exclude=True)  # None: no such scores
 
     @model_validator(mode="after")
     def check_averages(self) -> Self:

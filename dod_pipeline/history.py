@@ -39,6 +39,7 @@ class Record(Frozen):
     experiment: str
     checkpoint: str
     step: PositiveInt
+    provisional: bool = False  # measured while training still ran
     stage: PositiveInt | Literal["floor", "codec", "reconstruction", "probe"]
     metrics: dict[str, float]
     num_samples: PositiveInt  # of a probe: the images that it is tested on
