@@ -81,8 +81,9 @@ def held(watched: Project) -> Iterator[tuple[Command, psutil.Process]]:
 @pytest.mark.timeout(600)
 def test_steps_are_scored_while_training_runs(watched: Project, held: tuple[Command, psutil.Process], inside: Enter):
     running, stage = held
-    cache = watched.root / provisional.CACHE / "tiny"
-    assert wait_for(lambda: {p.suffix for p in cache.glob("*")} == {".done"}, 120), running.text  # all that was saved
+    saved, done = (watched.root / ".state" / where / "tiny" for where in ("train", "provisional"))
+    count = len(list(saved.glob("*/out/step-*")))
+    assert wait_for(lambda: len(list(done.glob("*.done"))) == count, 120), running.text
     assert {(r["checkpoint"], r["stage"]) for r in scores(watched)} >= {(f"tiny-{FIRST}", stage) for stage in (1, 2)}
     stage.send_signal(signal.SIGCONT)
     assert running.end(120) == 0
