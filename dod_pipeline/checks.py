@@ -12,8 +12,9 @@ import numpy as np
 from safetensors import safe_open
 
 from dod_models import artifact
-from dod_pipeline import stages
+from dod_pipeline import ledger, stages
 from dod_pipeline.config import Params
+from dod_pipeline.records import FOLDERS
 
 # Latents are scaled to a standard deviation of about 1 (`Codec.scale`), and nothing centres them.
 MEAN, STD = 1.0, (0.5, 2.0)
@@ -158,8 +159,8 @@ def outcomes(params: Params, stage: str, key: str) -> list[Outcome]:
     if stage in ("stage1", "stage2"):
         return check_samples(out)
     if stage == "metrics":
-        from dod_pipeline import history  # late: it asks DuckDB
-
-        verdicts = history.query(kind="verdict", experiment=params.checkpoints[key].experiment, checkpoint=key)
+        item = params.checkpoints[key]
+        known = ledger.records_in(ledger.HISTORY / FOLDERS["verdict"] / item.experiment)
+        verdicts = sorted((row for row in known if row["checkpoint"] == key), key=lambda row: str(row["time"]))
         return [*check_metrics(out), check_verdict(verdicts, checkpoint=inputs["checkpoint"])]
     return []

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dod_pipeline import cli_evaluate
+from dod_pipeline import cli_evaluate, cli_history
 
 if TYPE_CHECKING:
     from dod_pipeline.config import Params
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true")
     models.set_defaults(action=do_models)
 
+    cli_history.add(commands)
     cli_evaluate.add(commands)
 
     generate = commands.add_parser("generate", help="a picture of chosen classes through all stages")
@@ -128,7 +129,7 @@ def do_stage(given: argparse.Namespace) -> int:
 
         lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
-    from dod_pipeline import costs, fetch, history, launch, provisional, stages
+    from dod_pipeline import costs, fetch, launch, provisional, records, sources, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
@@ -145,11 +146,12 @@ def do_stage(given: argparse.Namespace) -> int:
     if code != 0 or launch.is_helper(job.stage):  # the first machine has the results
         return code
     seconds = time.monotonic() - started
+    sources.keep_settings(job)
     processes = launch.processes_of(job.stage) * launch.machines_of(job.stage)[0]
     costs.append(job, seconds=seconds, device=launch.device_name(), processes=processes)
     if job.stage in ("metrics", "sweeps"):
-        for record in history.records(params, job):
-            history.append(record)
+        for record in records.records(params, job):
+            records.append(record)
     if job.stage == "train":
         artifact.write_json(Path("curves", f"{given.key}.json"), stages.training_curve(job))  # for `dvc plots`
     return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dod_models import artifact
-from dod_pipeline import history, launch, ledger, lifeline, stages
+from dod_pipeline import launch, ledger, lifeline, records, stages
 from dod_pipeline.config import Params
 from dod_pipeline.stages import Job
 
@@ -110,8 +110,8 @@ def score(params: Params, experiment: str, one: Saved) -> None:
     if not one.job.out.exists() and launch.run(one.job) != 0:
         raise OSError(f"the scores of step {one.step} of {experiment} failed, as said above")
     trial = artifact.read_json(one.job.out)
-    for record in records(params, experiment, one, trial):
-        history.append(record)
+    for record in rows_of(experiment, one, trial):
+        records.append(record)
     fids = {name: row["fid"] for name, row in trial["scores"].items()}
     print(f"provisional: {one.checkpoint}: " + ", ".join(f"{name} FID {fid:.4g}" for name, fid in fids.items()))
     try:
@@ -122,36 +122,37 @@ def score(params: Params, experiment: str, one: Saved) -> None:
     os.replace(one.job.out, one.done)
 
 
-def records(params: Params, experiment: str, one: Saved, trial: dict[str, Any]) -> list[history.Record]:
+def rows_of(experiment: str, one: Saved, trial: dict[str, Any]) -> list[records.Record]:
     """One of each stage, marked as provisional."""
     from dod_models.trial import TrialConfig
 
     assert isinstance(one.job.config, TrialConfig)
-    measured, now = history.Measured.of(one.job), datetime.now(UTC)
+    measured = records.Measured.of(one.job)
+    computed = datetime.fromtimestamp(one.job.out.stat().st_mtime, UTC)  # told twice, it is the same record
     seed = artifact.read_json(one.job.inputs["checkpoint"] / artifact.MANIFEST)["about"]["seed"]
-    found: list[history.Record] = []
+    found: list[records.Record] = []
     for number, (name, config) in enumerate(one.job.config.stages().items(), start=1):
         row = trial["scores"][name]
         previous = found[-1].config if found else None
-        sampled = history.Sampled(number, config.model_dump(mode="json"), config.digest, previous)
+        sampled = records.Sampled(number, config.model_dump(mode="json"), config.digest, previous)
         values = {
-            "id": f"{now:%Y%m%dT%H%M%S%fZ}-{one.checkpoint}-provisional-{number}",
-            "time": now,
+            "time": computed,
             "experiment": experiment,
             "checkpoint": one.checkpoint,
             "step": one.step,
             "provisional": True,
+            "row": name,
             "stage": number,
             "metrics": {"fid": row["fid"]},
             "num_samples": row["num_samples"],
             "evaluations": row["evaluations"],
             "train_seed": seed,
-            **history.origin(sampled, one.job, name),
+            **records.origin(sampled, one.job, name),
             **measured.fields(name),
             "weights": trial["weights"][name],
             "commit": ledger.current_commit(),
         }
-        found.append(history.Record.model_validate(values))
+        found.append(records.Record.model_validate(values))
     return found
 
 

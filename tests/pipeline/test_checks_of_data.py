@@ -142,7 +142,7 @@ def test_a_failed_gate_shows_and_stops_nothing(own: Project, inside: Enter, caps
     numbers = {"differences": [1.0] * 3, "mean": 1.0, "lower": 0.9, "upper": 1.1, "level": 0.05 / 6}
     both = {"candidate": gate.measured(one, [2.0] * 3), "incumbent": gate.measured(one, [1.0] * 3)}
     said = {"verdict": "FAIL", "tolerance_from": "this test", "calibration": None}
-    common = gate.common("gate", one, seeds=[1, 2, 3], tolerance=0.1)
+    common = gate.common(one, seeds=[1, 2, 3], tolerance=0.1)
     gate.append(gate.Verdict.model_validate(common | numbers | both | said))
     pipeline, _ = define()
     (shown,) = [one for one in pipeline.extras["metrics@tiny-6"].check() if not one.passed]

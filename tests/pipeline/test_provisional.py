@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from dod_models import artifact
-from dod_pipeline import cli, dvc_repo, provisional, stages
+from dod_pipeline import cli, dvc_repo, history, provisional, stages
 from dod_pipeline.config import Params
 from dod_pipeline.definitions import define
 
@@ -104,6 +104,10 @@ def test_steps_are_scored_while_training_runs(watched: Project, held: tuple[Comm
     artifact.forget_finished(Path(".state", "train", "tiny"))
     assert cli.main(["stage", "train", "tiny"]) == 0
     assert made == weights(watched)
+    for name in ("stage1", "stage2", "metrics"):
+        assert cli.main(["stage", name, f"tiny-{FIRST}"]) == 0
+    rows = [row for row in history.Selection(provisional=True).records() if row["step"] == FIRST and row["stage"] == 2]
+    assert [row["provisional"] for row in rows] == [False]
 
 
 def test_a_training_that_is_killed_leaves_nothing_behind(watched: Project):
