@@ -19,7 +19,8 @@ import duckdb
 from tqdm import tqdm
 
 from dod_models import artifact
-from dod_pipeline import fetch, ledger
+from dod_models.config import S3
+from dod_pipeline import ledger
 from dod_pipeline.records import Record
 from dod_pipeline.sources import SETTINGS
 
@@ -86,7 +87,11 @@ def opened(root: Path | str, *, provisional: bool = False) -> duckdb.DuckDBPyCon
 
 def folder_of(root: Path | str) -> Path:
     """The folder of a history; for s3://BUCKET/PREFIX that of its copy, to which what is new is fetched first."""
-    return fetch.fetch(str(root), lambda name: True, again=True) if fetch.is_s3(str(root)) else Path(root)
+    if not str(root).startswith(S3):
+        return Path(root)
+    from dod_pipeline import fetch  # late: it takes half a second
+
+    return fetch.fetch(str(root), lambda name: True, again=True)
 
 
 def metrics_of(connection: duckdb.DuckDBPyConnection) -> list[str]:
