@@ -1,8 +1,8 @@
 """The records of a history as DuckDB sees them: an index of the files, kept beside them and brought up to date first.
 
-The index, one Parquet file under `.state/history/`, holds nothing that the records don't: without it, every file is
-read and its digest checked once more. Files are known again by name, size and time of change. A new index is written
-beside the old one and renamed, so that processes never wait for each other.
+The index, one Parquet file under `.state/history/`, has what is asked for and nothing that the records don't have:
+without it, every file is read and its digest checked once more. Files are known again by name, size and time of change.
+A new index is written beside the old one and renamed, so that processes never wait for each other.
 """
 
 import json
@@ -19,13 +19,13 @@ import duckdb
 from tqdm import tqdm
 
 from dod_models import artifact
-from dod_pipeline import fetch, ledger
+from dod_models.config import S3
+from dod_pipeline import ledger
 from dod_pipeline.records import Record
 from dod_pipeline.sources import SETTINGS
 
 INDEXES = Path(".state", "history")
 SCHEMA = 1  # of the index; one of another number is not looked at
-LONGEST = 2**24  # bytes of a record
 PATIENCE = 1000  # new files from which on a bar shows progress
 
 FILES = {"path": "VARCHAR", "size": "BIGINT", "mtime": "BIGINT", "error": "VARCHAR", "kind": "VARCHAR"}
@@ -42,7 +42,7 @@ COLUMNS = SHARED | {  # those of `Record`, the extractor in two; time is UTC
     **{"config": "VARCHAR", "previous": "VARCHAR", "weights": "VARCHAR", "codec": "VARCHAR", "data": "VARCHAR"},
     "commit": "VARCHAR",
 }
-INDEXED = FILES | COLUMNS | {"json": "VARCHAR"}
+INDEXED = FILES | COLUMNS
 
 PLAIN = re.compile(r"[a-z][a-z0-9_]*")  # name of a metric that is given a column
 
@@ -61,13 +61,13 @@ class File(NamedTuple):
     mtime: int  # ns
 
 
-def opened(root: Path | str, *, provisional: bool = False) -> duckdb.DuckDBPyConnection:
-    """A connection to an up-to-date index; what is damaged is named on stderr.
+def opened(folder: Path, *, provisional: bool = False) -> duckdb.DuckDBPyConnection:
+    """A connection to an up-to-date index of a history; what is damaged is named on stderr.
 
-    Its view `items` has a row for each record of any kind: `COLUMNS`, but a column for each metric, and `json`. Its
-    view `records` has the scores, without `json`.
+    Its view `items` has a row for each record of any kind: `COLUMNS`, but a column for each metric, and
+    `path`. Its view `records` has the scores, without `path`.
     """
-    folder, connection = folder_of(root), duckdb.connect()
+    connection = duckdb.connect()
     if files := sorted(scan(folder)):
         connection.read_parquet(str(indexed(connection, folder, files))).create_view("everything")
     else:
@@ -77,16 +77,20 @@ def opened(root: Path | str, *, provisional: bool = False) -> duckdb.DuckDBPyCon
         ledger.warn(error)
     metrics = "".join(f", metrics['{name}'] AS \"{name}\"" for name in metrics_of(connection))
     connection.execute(
-        f"CREATE VIEW items AS SELECT * EXCLUDE (path, size, mtime, error, metrics){metrics} FROM everything one "
+        f"CREATE VIEW items AS SELECT * EXCLUDE (size, mtime, error, metrics){metrics} FROM everything one "
         f"WHERE error IS NULL AND ({PENDING if provisional else FINAL})"
     )
-    connection.execute("CREATE VIEW records AS SELECT * EXCLUDE (kind, json) FROM items WHERE kind = 'score'")
+    connection.execute("CREATE VIEW records AS SELECT * EXCLUDE (kind, path) FROM items WHERE kind = 'score'")
     return connection
 
 
 def folder_of(root: Path | str) -> Path:
     """The folder of a history; for s3://BUCKET/PREFIX that of its copy, to which what is new is fetched first."""
-    return fetch.fetch(str(root), lambda name: True, again=True) if fetch.is_s3(str(root)) else Path(root)
+    if not str(root).startswith(S3):
+        return Path(root)
+    from dod_pipeline import fetch  # late: it takes half a second
+
+    return fetch.fetch(str(root), lambda name: True, again=True)
 
 
 def metrics_of(connection: duckdb.DuckDBPyConnection) -> list[str]:
@@ -114,7 +118,7 @@ def scan(root: Path) -> Iterator[File]:
 def indexed(connection: duckdb.DuckDBPyConnection, root: Path, files: list[File]) -> Path:
     """The index of these files, made anew where it is of others."""
     path = INDEXES / f"{sha256(str(root.resolve()).encode()).hexdigest()[:16]}-{SCHEMA}.parquet"
-    state = sha256(repr(files).encode()).hexdigest()
+    state = sha256(json.dumps(files).encode()).hexdigest()
     held = state_of(connection, path)
     if held != state:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +164,7 @@ def merge(
 ) -> None:
     """New lines, and the rows of an old index but for those of files that are gone -> an index."""
     columns = ", ".join(f"'{name}': '{of}'" for name, of in INDEXED.items())
-    options = f"format = 'newline_delimited', maximum_object_size = {LONGEST}, columns = {{{columns}}}"
+    options = f"format = 'newline_delimited', columns = {{{columns}}}"
     sql = f"SELECT * FROM read_json('{new}', {options})"  # as below, all that is pasted here is ours
     if old is not None:
         connection.execute("CREATE TEMP TABLE gone AS SELECT unnest(?::VARCHAR[]) AS path", [gone])
@@ -172,12 +176,13 @@ def described(root: Path, file: File) -> dict[str, Any]:
     """The index's row for a file."""
     found: dict[str, Any] = file._asdict()
     try:
-        text = ledger.read(root / file.path)
-        return found | columns_of(json.loads(text)) | {"id": Path(file.path).stem, "json": text}
+        return found | columns_of(json.loads(ledger.read(root / file.path))) | {"id": Path(file.path).stem}
     except artifact.DamagedError as error:
         return found | {"error": str(error)}
     except (ValueError, TypeError, OSError) as error:
-        return found | {"error": f"{root / file.path}: no record of this version ({error!s:.200}); left out"}
+        return found | {
+            "error": f"{root / file.path}: no record of this version ({str(error).splitlines()[0]}); left out"
+        }
 
 
 def columns_of(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, Po
 
 from dod_models import artifact
 from dod_models.config import Frozen
-from dod_pipeline import history, paired, trials
+from dod_pipeline import history, ledger, paired, trials
 from dod_pipeline.config import Params
 from dod_pipeline.ledger import HISTORY, current_commit, write_once
 from dod_pipeline.records import FOLDERS, Named, sampler_name
@@ -119,7 +119,7 @@ def append(record: Verdict | Calibration, root: Path = HISTORY) -> Path:
 def newest_calibration(incumbent: Subject, root: Path = HISTORY) -> Calibration | None:
     """The newest calibration with retrains of the incumbent's configuration, or None."""
     rows = [row for row in history.query(root, kind="calibration") if row["configuration"] == incumbent.configuration]
-    return Calibration.parse({k: v for k, v in rows[-1].items() if k != "id"}, place=rows[-1]["id"]) if rows else None
+    return ledger.typed(Calibration, rows[-1]) if rows else None
 
 
 def calibrated_for(params: Params, incumbent: Subject) -> tuple[float, str, str | None]:

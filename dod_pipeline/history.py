@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import duckdb
 
-from dod_pipeline import catalogue
+from dod_pipeline import catalogue, ledger
 from dod_pipeline.ledger import HISTORY
 
 Rows = list[dict[str, Any]]
 HIGHER = {"inception_score", "precision", "recall", "psnr", "ssim", "top1"}  # the better; of other metrics lower is
 CONDITION = re.compile(r"(\w+)\s*(=|!=|<=|>=|<|>)\s*(.*)", re.DOTALL)
-TEXT = """'{"id": "' || id || '", ' || json[2:]"""  # a record as JSON, with its id
 NOTHING = "none"  # in a condition: the record says nothing of that
 
 
@@ -40,7 +39,8 @@ class Selection:
     ) -> None:
         if kind != "score" and metric is not None:
             raise ValueError(f"--metric {metric!r}: a {kind} has no metrics; leave it out, or --kind")
-        self.connection = catalogue.opened(root, provisional=provisional)
+        self.folder = catalogue.folder_of(root)
+        self.connection = catalogue.opened(self.folder, provisional=provisional)
         self.types = {str(row[0]): str(row[1]) for row in self.connection.execute("DESCRIBE items").fetchall()}
         self.parts, self.values, self.filtered = ["kind = ?"], [kind], set[str]()
         for name, value in {"experiment": experiment, "checkpoint": checkpoint, "stage": stage}.items():
@@ -71,7 +71,7 @@ class Selection:
         if found is None:
             raise ValueError(f"--where {condition!r}: not of the form NAME=VALUE (or with !=, <, <=, > or >=)")
         name, operator, value = found.groups()
-        known = [column for column in self.types if column != "json"]
+        known = [column for column in self.types if column != "path"]
         if name not in known:
             raise ValueError(f"--where {condition!r}: records have no {name!r}; they have {', '.join(known)}")
         if value == NOTHING and operator in ("=", "!="):
@@ -84,12 +84,12 @@ class Selection:
             return self.keep(name, f'{"NOT " if operator == "!=" else ""}"{name}" GLOB ?', value)
         self.keep(name, f'"{name}" {operator} CAST(? AS {self.types[name]})', value)
 
-    def fetch(self, columns: str, rest: str = "") -> list[tuple[Any, ...]]:
+    def fetch(self, columns: str, rest: str = "") -> list[Any]:
         """Columns of what matches; all that is given here is ours."""
         sql = f"SELECT {columns} FROM items WHERE {' AND '.join(self.parts)} {rest}"
         return self.connection.execute(sql, self.values).fetchall()
 
-    def listed(self, columns: str, newest: int = 0) -> list[tuple[Any, ...]]:
+    def listed(self, columns: str, newest: int = 0) -> list[Any]:
         """Columns of what matches, oldest first; only the newest so many, unless that is 0."""
         if newest == 0:
             return self.fetch(columns, "ORDER BY time, row, id")
@@ -97,7 +97,12 @@ class Selection:
 
     def texts(self, *, newest: int = 0) -> list[str]:
         """What matches as JSON, each with its id."""
-        return [text for (text,) in self.listed(TEXT, newest)]
+        return self.read(self.listed("path", newest))
+
+    def read(self, found: Iterable[tuple[str]]) -> list[str]:
+        """The records in these files as JSON, each with its id, the file's name; they are checked once more."""
+        paths = [self.folder / path for (path,) in found]
+        return [f'{{"id": "{path.stem}", {ledger.read(path)[1:]}' for path in paths]
 
     def records(self, *, newest: int = 0) -> Rows:
         """What matches as dictionaries; where a metric was asked for, with only that number and its error."""
@@ -149,7 +154,7 @@ def query(
 def flat(selection: Selection, *, newest: int = 0) -> Table:
     """Records as a table, oldest first: a column for each field and each metric that is said of any."""
     metrics = {selection.metric, f"{selection.metric}_error"} if selection.metric else {*selection.metrics}
-    left_out = {"kind", "json", *selection.metrics} - metrics
+    left_out = {"kind", "path", *selection.metrics} - metrics
     shown = [name for name in selection.types if name not in left_out]
     rows = selection.listed(", ".join(f'"{name}"' for name in shown), newest)
     said = [index for index in range(len(shown)) if any(row[index] is not None for row in rows)]
@@ -165,10 +170,12 @@ def best(selection: Selection, *, limit: int = 10) -> Rows:
     if "stage" not in selection.filtered:
         selection.keep("stage", "regexp_full_match(stage, '[0-9]+')")
     alike = "extractor_digest, reference, num_samples, num_train, experiment, checkpoint, stage"
-    check_comparable([json.loads(text) for (text,) in selection.fetch("any_value(json)", f"GROUP BY {alike}")])
+    check_comparable(
+        [json.loads(text) for text in selection.read(selection.fetch("any_value(path)", f"GROUP BY {alike}"))]
+    )
     order = "DESC" if selection.metric in HIGHER else "ASC"
-    found = selection.fetch(TEXT, f'ORDER BY "{selection.metric}" {order}, time, id LIMIT {limit:d}')
-    return selection.narrowed(text for (text,) in found)
+    found = selection.fetch("path", f'ORDER BY "{selection.metric}" {order}, time, id LIMIT {limit:d}')
+    return selection.narrowed(selection.read(found))
 
 
 class Evaluation(NamedTuple):
@@ -206,7 +213,7 @@ def point(row: dict[str, Any]) -> tuple[float, float | None]:
 
 def sql(statement: str, root: Path | str = HISTORY, *, provisional: bool = False) -> Table:
     """Answer one SELECT over `records`, a row for each score; it can neither change anything nor read other files."""
-    connection = catalogue.opened(root, provisional=provisional)
+    connection = catalogue.opened(catalogue.folder_of(root), provisional=provisional)
     connection.execute("CREATE TABLE kept AS FROM records; DROP VIEW records; ALTER TABLE kept RENAME TO records")
     connection.execute("SET enable_external_access = false; SET lock_configuration = true")
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dod_models import artifact
-from dod_models.config import Frozen
+from dod_models.config import Config, Frozen
 
 HISTORY = Path("history")
 NAME = re.compile(r"[0-9a-f]{64}\.json")
@@ -72,6 +72,11 @@ def read(path: Path) -> str:
     else:
         return text.decode()
     raise artifact.DamagedError(f"{path}: {wrong}; left out. `git checkout -- {path}` restores it, or else remove it")
+
+
+def typed(kind: type[Config], row: dict[str, Any]) -> Config:
+    """A record of that class from what a query gives, whose id it doesn't hold but is."""
+    return kind.parse({name: value for name, value in row.items() if name != "id"}, place=f"record {row['id']}")
 
 
 def is_object(text: bytes) -> bool:

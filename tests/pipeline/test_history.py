@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dod_models.artifact import DamagedError
-from dod_pipeline import history, records, tables
+from dod_pipeline import history, ledger, records, tables
 from dod_pipeline.history import Selection
 from dod_pipeline.records import Record
 
@@ -55,11 +55,6 @@ def record(**changes: Any) -> Record:
 def plain(item: Record) -> dict[str, Any]:
     """The record as a query gives it back."""
     return {"id": item.digest, **json.loads(item.model_dump_json())}
-
-
-def parsed(row: dict[str, Any]) -> Record:
-    """What `plain` was made from."""
-    return Record.model_validate({name: value for name, value in row.items() if name != "id"})
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +109,7 @@ def names(found: list[dict[str, Any]]) -> list[str]:
 def test_records_come_back_as_they_were_and_oldest_first(root: Path):
     found = history.query(root)
     assert names(found) == ["r5", "r4", "r3", "r2", "r1", "r0"]
-    assert [parsed(row).digest for row in found] == [row["id"] for row in found]
+    assert [ledger.typed(Record, row).digest for row in found] == [row["id"] for row in found]
     assert found[-1]["metrics"] == {"fid": 0.0} and found[-1]["stage"] == "floor"
 
 
@@ -233,7 +228,7 @@ def test_any_record_survives_the_round_trip(tmp_path_factory: pytest.TempPathFac
     records.append(item, root=root)
     found = history.query(root, stage=str(item.stage))
     assert found == [plain(item)]
-    assert parsed(found[0]) == item
+    assert ledger.typed(Record, found[0]) == item
 
 
 @pytest.mark.parametrize("value", ["it's", '"; DROP TABLE x; --', "' OR '1'='1", "$.stage", "?", "a\\b", "é\n", "{}"])
