@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import dagster as dg
 
-from dod_pipeline import checks, dvc_repo, ledger, stages
+from dod_pipeline import checks, dvc_repo, ledger, schedules, stages
 from dod_pipeline.config import Params, identifier, load_params
 from dod_pipeline.dvc_assets import Extras, Pipeline
 from dod_pipeline.dvc_graph import Graph, Instance
@@ -105,7 +105,13 @@ def define(*, pools: bool = True) -> tuple[Pipeline, dg.Definitions]:
         )
         for experiment in params.experiments
     ]
-    return pipeline, dg.Definitions(assets=pipeline.assets(), jobs=jobs, sensors=[pipeline.sensor()])
+    retraining = schedules.automation(params)
+    return pipeline, dg.Definitions(
+        assets=pipeline.assets(),
+        jobs=[*jobs, *retraining.jobs],
+        schedules=retraining.schedules,
+        sensors=[pipeline.sensor(), *retraining.sensors],
+    )
 
 
 @dg.definitions
