@@ -7,6 +7,7 @@ Its entries are put in as text: every other byte of the file, comments and all, 
 import os
 import re
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def entry(params: Params, experiment: str, champion: Event, number: int) -> dict
     asked = base.retrain.model_dump(include={"steps", "learning_rate", "warmup_steps"}, exclude_none=True)
     train = base.train | {"steps": full["steps"], "seed": full["seed"] + number} | asked
     train |= {"save_every": train["steps"], "warm_start": {"path": champion.path, "sha256": champion.sha256}}
-    return base.model_dump(exclude_unset=True, exclude={"retrain"}) | {"train": train}
+    return base.model_dump(exclude_unset=True, exclude={"gate", "retrain"}) | {"train": train}
 
 
 def inserted(text: str, mapping: str, after: str, new: dict[str, Any]) -> str:
@@ -86,9 +87,10 @@ def inserted(text: str, mapping: str, after: str, new: dict[str, Any]) -> str:
     lines = (text if text.endswith("\n") else text + "\n").splitlines(keepends=True)
     lines.insert(line, textwrap.indent(written, " " * inside.value[0][0].start_mark.column))
     found, before = "".join(lines), yaml.safe_load(text)
-    if yaml.safe_load(found) != before | {mapping: before[mapping] | new}:
-        raise ValueError(f"params.yaml: found no place for {', '.join(new)} in {mapping}; take its anchors away")
-    return found
+    with suppress(yaml.YAMLError):
+        if yaml.safe_load(found) == before | {mapping: before[mapping] | new}:
+            return found
+    raise ValueError(f"params.yaml: found no place for {', '.join(new)} in {mapping}; take its anchors away")
 
 
 def last_line(node: yaml.Node) -> int:

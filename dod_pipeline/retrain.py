@@ -48,7 +48,7 @@ def judge(params: Params, experiment: str, key: str, data: str | None) -> gate.V
             f"{key} and {incumbent.checkpoint} were trained in the latents of two codecs, {ours.codec[:12]}... and "
             f"{incumbent.codec[:12]}...; {remedy(params.checkpoints[key].data)}"
         )
-    verdict = gate.gate(params, key, incumbent.checkpoint)
+    verdict = gate.gate(under_one_gate(params, experiment, [key, incumbent.checkpoint]), key, incumbent.checkpoint)
     gate.append(verdict)
     event: Literal["promoted", "kept"] = "promoted" if verdict.verdict == "PASS" else "kept"
     why = (
@@ -58,13 +58,21 @@ def judge(params: Params, experiment: str, key: str, data: str | None) -> gate.V
     return verdict
 
 
+def under_one_gate(params: Params, experiment: str, keys: list[str]) -> Params:
+    """The checkpoints' experiments with the gate that this experiment has now: each of them is a retrain of it."""
+    judged = {params.checkpoints[key].experiment for key in keys}
+    same = {"gate": params.experiments[experiment].gate}
+    changed = {name: params.experiments[name].model_copy(update=same) for name in judged}
+    return params.model_copy(update={"experiments": params.experiments | changed})
+
+
 def check_codec(params: Params, key: str, incumbent: Champion, data: str | None) -> None:
     """ValueError if the candidate's latents would be those of another codec than the champion's."""
     settings, used = params.datasets[key].codec, incumbent.champion
     if settings.get("source", "train") == "train" and data != incumbent.data:
         raise ValueError(
-            f"datasets.{key}.codec: is trained on the images, and these have changed since {used.checkpoint} was put in "
-            f"use: in another codec's latents its weights mean nothing; {remedy(key)}"
+            f"datasets.{key}.codec: is trained on the images, and these have changed since {used.checkpoint} was put "
+            f"in use: in another codec's latents its weights mean nothing; {remedy(key)}"
         )
     if settings.get("source") == "finished" and settings.get("sha256") != used.codec:
         raise ValueError(

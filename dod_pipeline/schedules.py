@@ -45,11 +45,16 @@ def automation(params: Params) -> Automation:
     return found
 
 
+def op_of(experiment: str) -> str:
+    """Name of the job's only step: Dagster wants another one than the job's."""
+    return f"dod_retrain_{identifier(experiment)}"
+
+
 def job_of(experiment: str) -> dg.JobDefinition:
     """The job that says `dod retrain`; never two of one experiment at a time."""
     name = f"retrain_{identifier(experiment)}"
 
-    @dg.op(name=name, pool=name)
+    @dg.op(name=op_of(experiment), pool=name)
     def body(context: dg.OpExecutionContext, config: Ask) -> None:
         for line in lines_of(["retrain", experiment, *["--if-changed"] * config.if_changed]):
             context.log.info(line)
@@ -122,7 +127,7 @@ def sensor(experiment: str, job: dg.JobDefinition, *, seconds: int) -> dg.Sensor
         if now.sha256 != context.cursor:  # somebody may be copying them here
             context.update_cursor(now.sha256)
             return dg.SkipReason(f"{now.files} images, others than before: asking again before a run is begun")
-        asked = {"ops": {job.name: {"config": {"if_changed": True}}}}
+        asked = {"ops": {op_of(experiment): {"config": {"if_changed": True}}}}
         return dg.RunRequest(run_key=now.sha256, run_config=asked, tags={"dod/images": now.sha256 or ""})
 
     return body
