@@ -4,7 +4,8 @@ switched on in the pages, and says `dod retrain` in a process of its own."""
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from typing import NamedTuple
 
 import dagster as dg
@@ -56,8 +57,10 @@ def job_of(experiment: str) -> dg.JobDefinition:
 
     @dg.op(name=op_of(experiment), pool=name)
     def body(context: dg.OpExecutionContext, config: Ask) -> None:
-        for line in lines_of(["retrain", experiment, *["--if-changed"] * config.if_changed]):
-            context.log.info(line)
+        arguments = ["retrain", experiment, *["--if-changed"] * config.if_changed]
+        with closing(lines_of(arguments)) as lines:  # whatever interrupts this, the command hears of it
+            for line in lines:
+                context.log.info(line)
 
     @dg.job(
         name=name,
@@ -70,7 +73,7 @@ def job_of(experiment: str) -> dg.JobDefinition:
     return job
 
 
-def lines_of(arguments: list[str]) -> Iterator[str]:
+def lines_of(arguments: list[str]) -> Generator[str]:
     """What a `dod` command prints, as it comes, progress bars as they end; dg.Failure unless it came to a verdict.
 
     It dies with this process; an interrupt is handed on to it, and waited for.
