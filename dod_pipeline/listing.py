@@ -22,6 +22,7 @@ from dod_models.images import in_order
 from dod_models.layout import KIT, SPLITS, TRAIN, VAL, belongs, is_image
 from dod_pipeline.config import DataSet, Params
 from dod_pipeline.fetch import reading
+from dod_pipeline.turns import turn
 
 LISTINGS = Path("listings")
 CACHE = Path(".state", "listings")
@@ -79,9 +80,10 @@ def scan(key: str, data: DataSet) -> Listing:
 def update(key: str, data: DataSet) -> tuple[Listing, bool]:
     """Scan, and write the listing unless it says so already; whether it was written."""
     found = scan(key, data)
-    is_new = found != find(key)
-    if is_new:
-        artifact.write_json(file_of(key), found.model_dump())
+    with turn(f"listing-{key}"):
+        is_new = found != find(key)
+        if is_new:
+            artifact.write_json(file_of(key), found.model_dump())
     return found, is_new
 
 

@@ -28,6 +28,9 @@ def params(images: Path) -> dict[str, Any]:
     values = tiny.params(images)
     experiment = values["experiments"]["tiny"]
     experiment["train"]["model"]["num_classes"] = 10
+    experiment["train"] |= {"steps": 240, "batch_size": 16, "save_every": 240, "state_every": 120, "log_every": 4}
+    values["datasets"]["tiny"]["codec"]["steps"] = 200  # so that it can be seen whether a model is spoilt
+    values["checkpoints"] = {"tiny-240": {"experiment": "tiny", "data": "tiny", "step": 240}}
     experiment["gate"] = {"tolerance": 1000.0}
     experiment["retrain"] = {"cron": "0 3 * * 0", "watch": True, "watch_every": 2, "steps": 4}
     return values | {"sweeps": {}}
@@ -60,7 +63,7 @@ def history(project: Project) -> list[dict[str, Any]]:
 def refused_until_the_codec_is_pinned(project: Project) -> None:
     """Another codec would be trained on more images: refused, with the remedy, before anything is begun."""
     refused = project.dod("retrain", "tiny", status=1).stderr
-    assert "datasets.tiny.codec: is trained on the images, and these have changed since tiny-6" in refused
+    assert "datasets.tiny.codec: is trained on the images, and these have changed since tiny-240" in refused
     assert "`dod pin tiny`" in refused and "tiny-r1" not in project.params()["experiments"]
     pinned = project.dod("pin", "tiny").stdout.splitlines()[-1].partition("codec: ")[2]
     values = project.params()
@@ -104,14 +107,17 @@ def rolled_back_without_a_stale_stage(project: Project) -> None:
     assert "train@tiny" in before  # made of fewer images, and DVC says so
     project.dod("champion", "tiny", "--rollback", "--why", "to see it")
     assert history(project)[-1]["event"] == "rolled back"
-    assert project.dod("champion", "tiny", "--format", "key").stdout == "tiny-6\n"
+    assert project.dod("champion", "tiny", "--format", "key").stdout == "tiny-240\n"
     assert project.dvc("status", "--json").stdout == before
 
 
 def killed_taken_up_and_refused(project: Project) -> None:
     """A retrain that spoils the weights: the incumbent stays, and the record says why."""
     values = project.params()
-    values["experiments"]["tiny"] |= {"retrain": {"steps": 4, "learning_rate": 0.1}, "gate": {"tolerance": 0}}
+    values["experiments"]["tiny"] |= {
+        "retrain": {"steps": 4, "learning_rate": 0.1, "warmup_steps": 0},
+        "gate": {"tolerance": 0},
+    }
     project.write_params(values)
     killed = Command(project, "dod", "retrain", "tiny")
     assert wait_for(lambda: "Running stage 'train@tiny-r2'" in killed.text, LONGEST), killed.text
@@ -121,9 +127,9 @@ def killed_taken_up_and_refused(project: Project) -> None:
     assert "going on with candidate tiny-r2-4" in failed and "tiny-r3" not in project.params()["experiments"]
     kept = history(project)[-1]
     assert (kept["event"], kept["checkpoint"]) == ("kept", "tiny-r2-4") and kept["why"].startswith(
-        "FAIL against tiny-6"
+        "FAIL against tiny-240"
     )
-    assert failed.endswith("kept; in use: tiny-6\n")
+    assert failed.endswith("kept; in use: tiny-240\n")
 
 
 @pytest.mark.timeout(1200)  # alone on a core it takes a fifth of that
@@ -132,8 +138,8 @@ def test_the_loop(tmp_path: Path):
     images, later = write_digits(tmp_path)
     project = tiny.create(tmp_path / "project", params(images))
     project.dod("run", "tiny", "--until", "train")
-    project.dod("champion", "tiny", "--set", "tiny-6", "--why", "the first half")
-    assert "tiny-6 stays in use" in project.dod("retrain", "tiny", "--if-changed").stdout
+    project.dod("champion", "tiny", "--set", "tiny-240", "--why", "the first half")
+    assert "tiny-240 stays in use" in project.dod("retrain", "tiny", "--if-changed").stdout
     shutil.copytree(later, images, dirs_exist_ok=True)
     refused_until_the_codec_is_pinned(project)
     made_by_the_daemon(project)
