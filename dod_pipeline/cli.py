@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dod_pipeline import cli_evaluate, cli_history
+from dod_pipeline import cli_evaluate, cli_history, cli_retrain
 
 if TYPE_CHECKING:
     from dod_pipeline.config import Params
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
     cli_history.add(commands)
     cli_evaluate.add(commands)
+    cli_retrain.add(commands)
 
     generate = commands.add_parser("generate", help="a picture of chosen classes through all stages")
     generate.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -78,10 +79,11 @@ def parser() -> argparse.ArgumentParser:
 def do_run(given: argparse.Namespace) -> int:
     """Make the experiments' stages where they are outdated, through Dagster; then their tables and pictures."""
     from dod_models import artifact
-    from dod_pipeline import runs, stages
+    from dod_pipeline import listing, runs, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
+    listing.ensure(params, given.experiments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     jobs = runs.run(params, given.experiments, given.until)
     for stage, key in jobs:  # what DVC has recorded need not be kept twice
@@ -129,7 +131,7 @@ def do_stage(given: argparse.Namespace) -> int:
 
         lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
-    from dod_pipeline import costs, fetch, launch, provisional, records, sources, stages
+    from dod_pipeline import costs, fetch, launch, listing, provisional, records, sources, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
@@ -139,6 +141,8 @@ def do_stage(given: argparse.Namespace) -> int:
 
         report.write(job)
         return 0
+    if job.stage == "dataset":
+        listing.advise(given.key)
     fetch.inputs(job)
     started = time.monotonic()
     with provisional.beside(params, job):

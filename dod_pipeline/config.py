@@ -63,11 +63,22 @@ class Provisional(Frozen):
     devices: str = ""  # GPUs, as CUDA_VISIBLE_DEVICES has them; "": the CPU, so that training has its GPUs alone
 
 
+class Retrain(Frozen):
+    """`dod retrain`: a training that goes on from the champion's weights, and when Dagster begins one by itself."""
+
+    cron: str | None = Field(None, pattern=r"^\S+( \S+){4}$")  # minute hour day month weekday, UTC; None: no schedule
+    watch: bool = False  # a sensor that begins one when the images have changed
+    watch_every: PositiveInt = 60  # seconds between two looks at them
+    steps: PositiveInt | None = None  # as the experiment's; the next two as well
+    learning_rate: PositiveFloat | None = None
+    warmup_steps: int | None = Field(None, ge=0)
+
+
 class Experiment(Frozen):
     """Settings of training, of sampling (of every stage, then what stage 1 and the later ones change), of scoring.
 
-    `compute` lays training out over the hardware, `gate` compares what was made, and `provisional` looks at it while it
-    is made. No stage's result depends on these, so DVC isn't told of them.
+    `compute` lays training out over the hardware, `gate` compares what was made, `provisional` looks at it while it is
+    made, `retrain` makes another experiment. No stage's result depends on these, so DVC isn't told of them.
     """
 
     data: Key
@@ -79,6 +90,7 @@ class Experiment(Frozen):
     evaluation: Settings
     gate: Gate = Gate()
     provisional: Provisional | None = Field(default=None, exclude=True)  # None: no such scores
+    retrain: Retrain = Retrain()
 
     @model_validator(mode="after")
     def check_averages(self) -> Self:
@@ -206,8 +218,9 @@ class Params(Frozen):
         return dict(sorted(found.items(), key=lambda item: item[1].step))
 
     def only(self, experiment: str) -> "Params":
-        """The part that concerns one experiment: its data, checkpoints and sweeps, without `compute` and `gate`."""
-        found = self.experiments[experiment].model_copy(update={"compute": {}, "gate": Gate()})
+        """The part that concerns one experiment: its data, checkpoints and sweeps, of what configures stages."""
+        rest = {"compute": {}, "gate": Gate(), "retrain": Retrain()}
+        found = self.experiments[experiment].model_copy(update=rest)
         return Params(
             datasets={found.data: self.datasets[found.data]},
             experiments={experiment: found},

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+from dagster._utils.schedules import get_smallest_cron_interval
 
-from dod_pipeline import checks, costs, dvc_repo, exhibits, ledger, stages
+from dod_pipeline import candidates, checks, costs, dvc_repo, exhibits, ledger, schedules, stages
 from dod_pipeline.config import Params, identifier, load_params
 from dod_pipeline.dvc_assets import Extras, Pipeline
 from dod_pipeline.dvc_graph import Graph, Instance
@@ -48,6 +49,7 @@ def extras(params: Params, instance: Instance) -> Extras:
         check=lambda: [result(outcome) for outcome in checks.outcomes(params, stage, key)],
         metadata=lambda: exhibits.of(params, stage, key, out),
         owners=params.deployment.owners,
+        freshness=freshness(params, stage, key),
         run_tags=partial(cost_tags, params, stage, key),
     )
 
@@ -61,15 +63,26 @@ def result(outcome: checks.Outcome) -> dg.AssetCheckResult:
 
 
 def cost_tags(params: Params, stage: str, key: str, began: float) -> dict[str, str]:
-    """Tags of the run that made a stage instance: the seconds that it took of its device, a training's arithmetic too.
-    None where nothing was computed: DVC had it."""
-    spent = costs.after(stage, key, began)
+    """Tags of the run that trained: seconds of the device, and arithmetic. None where DVC had it, nor of other stages,
+    whose many tags would hide these: `history/costs` has theirs."""
+    spent = costs.after(stage, key, began) if stage == "train" else None
     if spent is None:
         return {}
-    found = {f"dod/seconds.{stage}.{key}": f"{spent.seconds:g}"}
-    return found | (
-        {f"dod/gflops.{stage}.{key}": f"{costs.training_gflops(params, key):.4g}"} if stage == "train" else {}
-    )
+    return {
+        f"dod/seconds.train.{key}": f"{spent.seconds:g}",
+        f"dod/gflops.train.{key}": f"{costs.training_gflops(params, key):.4g}",
+    }
+
+
+def freshness(params: Params, stage: str, key: str) -> dg.FreshnessPolicy | None:
+    """Of the report that a scheduled retraining makes, the newest retrain's or the experiment's own: overdue once the
+    clock strikes and nothing was made since it struck before."""
+    for experiment, settings in params.experiments.items():
+        known, cron = candidates.numbers(params, experiment), settings.retrain.cron
+        newest = f"{experiment}-r{known[-1]}" if known else experiment
+        if cron is not None and (stage, key) == ("report", newest):
+            return dg.FreshnessPolicy.cron(deadline_cron=cron, lower_bound_delta=get_smallest_cron_interval(cron))
+    return None
 
 
 def run_tags() -> dict[str, str]:
@@ -110,9 +123,15 @@ def jobs_of(pipeline: Pipeline, params: Params, experiment: str) -> list[Unresol
 def define(*, pools: bool = True) -> tuple[Pipeline, dg.Definitions]:
     """The pipeline of the current folder, and its definitions."""
     params = load_params()
+    retraining = schedules.automation(params)  # first: it says of a bad cron where it stands
     pipeline = Pipeline(Graph(Path()), partial(extras, params), run_tags=run_tags, pools=pools)
     jobs = [job for experiment in params.experiments for job in jobs_of(pipeline, params, experiment)]
-    return pipeline, dg.Definitions(assets=pipeline.assets(), jobs=jobs, sensors=[pipeline.sensor()])
+    return pipeline, dg.Definitions(
+        assets=pipeline.assets(),
+        jobs=[*jobs, *retraining.jobs],
+        schedules=retraining.schedules,
+        sensors=[pipeline.sensor(), *retraining.sensors],
+    )
 
 
 @dg.definitions

@@ -135,14 +135,14 @@ class Pipeline:
         return self.graph.recorded()[name]
 
     def metadata(self, instance: Instance) -> dict[str, Any]:
-        """The numbers and plots of what was made, and what `extras` adds."""
-        found: dict[str, Any] = {}
+        """What `extras` adds, for a page shows that first; then the numbers and plots of what was made."""
+        found = dict(self.extras[instance.name].metadata())
         for path in instance.metrics:
             found |= dict(numbers(read_json(self.graph.root / path)))
         for path, options in instance.plots:
             rows = read_json(self.graph.root / path)
             found[options.get("title", Path(path).stem)] = table(rows, [options["x"], options["y"]])
-        return found | dict(self.extras[instance.name].metadata())
+        return found
 
     def report(self, instance: dg.DagsterInstance, names: Sequence[str]) -> list[str]:
         """Tell Dagster of these instances, which DVC holds to be up to date, unless it knows; returns those told of."""

@@ -1,10 +1,12 @@
 """What Dagster loads, and that its own commands find it."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.freshness import CronFreshnessPolicy
 
 from dod_pipeline import costs, dvc_repo, runs
 from dod_pipeline.costs import Cost
@@ -68,6 +70,19 @@ def test_owners_are_those_of_the_deployment(own: Project, inside: Enter):
     own.write_params(values | {"deployment": {"owners": ["vision"]}})
     with pytest.raises(ValueError, match=r"params\.yaml: deployment\.owners"):
         define()
+
+
+def test_the_report_that_a_schedule_renews_has_a_deadline(own: Project, inside: Enter):
+    values = own.params()
+    values["experiments"]["tiny"]["retrain"] = {"cron": "0 3 * * 1"}
+    values["experiments"]["other"] = tiny.params(own.root)["experiments"]["tiny"]
+    own.write_params(values)
+    inside(own)
+    graph = define()[1].resolve_asset_graph()
+    policies = {key.to_user_string(): graph.get(key).freshness_policy for key in graph.get_all_asset_keys()}
+    policy = policies.pop("report/tiny")
+    assert isinstance(policy, CronFreshnessPolicy) and policy.deadline_cron == "0 3 * * 1"
+    assert policy.lower_bound_delta == timedelta(days=7) and not any(policies.values())
 
 
 def test_a_run_says_what_it_took_and_pages_show_a_table(shared: Project, inside: Enter):
