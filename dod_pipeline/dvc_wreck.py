@@ -10,7 +10,8 @@ from typing import Any
 
 import psutil
 
-from dod_pipeline.dvc_graph import check_conflict, read_yaml
+from dod_pipeline.dvc_graph import check_conflict
+from dod_pipeline.dvc_template import read_yaml
 
 PAUSE = 0.2  # seconds in which a dvc that runs has written its table
 
