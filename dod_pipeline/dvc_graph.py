@@ -36,7 +36,7 @@ class Instance(NamedTuple):
     params: tuple[tuple[str, str], ...]  # (file, dotted name; "" for the whole file)
     outs: tuple[str, ...]
     metrics: tuple[str, ...]
-    plots: tuple[tuple[str, Options], ...]  # (path, options); a path may come several times
+    plots: tuple[tuple[str, Options], ...]  # (path, options)
     frozen: bool
 
     @property
@@ -140,9 +140,7 @@ def instance(template: Template) -> Instance:
         params=tuple((placed(wdir, file), name) for file, name in settings_of(fields.get("params") or [])),
         outs=tuple(path for path, _ in paths("outs")),
         metrics=tuple(path for path, _ in paths("metrics")),
-        plots=tuple(
-            (path, one) for path, some in paths("plots") for one in (some if isinstance(some, list) else [some or {}])
-        ),
+        plots=tuple((path, options or {}) for path, options in paths("plots")),
         frozen=bool(fields.get("frozen")),
     )
 

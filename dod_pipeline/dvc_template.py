@@ -141,35 +141,44 @@ def expand(
         items = resolve(text["foreach"], context.values, f"{place}: foreach")
         if not isinstance(items, dict | list):
             raise ValueError(f"{DVC_YAML}: {place}: foreach: must be a list or a mapping, is {items!r}")
-        for key, item in keyed(items).items():
+        for key, item in keyed(items, text["foreach"]).items():
             known = {"item": by_name(item)} | ({"key": key} if isinstance(items, dict) else {})
             yield key, text["do"], context.values | known
     elif "matrix" in text:
         axes = resolve(text["matrix"], context.values, f"{place}: matrix")
         rest = {field: value for field, value in text.items() if field != "matrix"}
-        for key, item in crossed(axes).items():
+        for key, item in crossed(axes, text["matrix"]).items():
             yield key, rest, context.values | {"item": by_name(item), "key": key}
     else:
         yield None, text, context.values
 
 
-def keyed(items: dict[Any, Any] | list[Any]) -> dict[str, Any]:
+def keyed(items: dict[Any, Any] | list[Any], written: Any) -> dict[str, Any]:
     """The elements by DVC's names for them: a list's are their values, or their places if one isn't a plain value."""
     if isinstance(items, dict):
         return {text_of(key): item for key, item in items.items()}
     if any(isinstance(item, dict | list) for item in items):
         return {str(index): item for index, item in enumerate(items)}
-    return {text_of(item): item for item in items}
+    return dict(zip(labels(items, written), items, strict=True))
 
 
-def crossed(axes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def crossed(axes: dict[str, list[Any]], written: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Each combination of a matrix by its name."""
-    found = {}
-    for combination in itertools.product(*(list(enumerate(axis)) for axis in axes.values())):
-        pairs = list(zip(axes, combination, strict=True))
-        names = [f"{axis}{at}" if isinstance(item, dict | list) else text_of(item) for axis, (at, item) in pairs]
-        found["-".join(names)] = {axis: item for axis, (_, item) in pairs}
-    return found
+    named = []
+    for axis, items in axes.items():
+        names = labels(items, written[axis])
+        at = [f"{axis}{i}" if isinstance(items[i], dict | list) else name for i, name in enumerate(names)]
+        named.append(list(zip(at, items, strict=True)))
+    return {
+        "-".join(name for name, _ in combination): dict(zip(axes, [item for _, item in combination], strict=True))
+        for combination in itertools.product(*named)
+    }
+
+
+def labels(items: list[Any], written: Any) -> list[str]:
+    """The values as text; DVC says `true` for one that is written in dvc.yaml itself, and `True` for one of ${...}."""
+    before = written if isinstance(written, list) else [written] * len(items)
+    return [str(item) if isinstance(text, str) else text_of(item) for item, text in zip(items, before, strict=True)]
 
 
 def fill(root: Path, stage: str, key: str | None, text: dict[str, Any], context: Context) -> Template:
