@@ -59,8 +59,8 @@ from dod_pipeline.dvc_events import Changed, Events, Made
 from dod_pipeline.dvc_graph import DVC_LOCK, Graph, Instance
 from dod_pipeline.dvc_metadata import metadata_of
 
-RETRIES = 8
-LONGEST_PAUSE = 60.0  # seconds
+RETRIES = 8  # after a transfer that broke off; who finds a lock waits for as long as its holder takes
+LONGEST_PAUSE, LONGEST_WAIT = 60.0, 10.0  # seconds, after one and the other
 READS, READ_PAUSE = 20, 0.2  # tries to read dvc.lock, and seconds between them
 
 Metadata = Mapping[str, Any]
@@ -133,9 +133,11 @@ class Pipeline:
             try:
                 dvc_repo.repro_one(instance.name, root=self.graph.root, env=session.get_bootstrap_env_vars())
             except dvc_repo.TryAgainError as error:
-                pause = min(2.0**context.retry_number, LONGEST_PAUSE)
+                busy = isinstance(error, dvc_repo.BusyError)
+                pause = min(2.0 ** min(context.retry_number, 10), LONGEST_WAIT if busy else LONGEST_PAUSE)
                 context.log.warning(f"{error}\ntrying again in {pause:g} s")
-                raise dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=pause) from error
+                retries = context.retry_number + 1 if busy else RETRIES
+                raise dg.RetryRequested(max_retries=retries, seconds_to_wait=pause) from error
             except OSError as error:
                 raise dg.Failure(description=str(error), allow_retries=False) from None
             return dg.MaterializeResult(
