@@ -12,7 +12,9 @@ from dod_pipeline import checks, dvc_repo, ledger, stages
 from dod_pipeline.config import Params, identifier, load_params
 from dod_pipeline.dvc_assets import Extras, Pipeline
 from dod_pipeline.dvc_graph import Graph, Instance
+from dod_pipeline.dvc_keep import Keep
 
+COMMITTED = ("dvc.lock", "metrics", "facts", "curves", "history")  # what git keeps of a run
 PICTURE_WIDTH = 640  # pixels of a picture in Dagster, which keeps it in its event log
 
 
@@ -86,6 +88,12 @@ def run_tags() -> dict[str, str]:
     return {} if commit is None else {"dod/commit": commit}
 
 
+def keep(params: Params) -> Keep:
+    """What a run's end keeps elsewhere, as params.yaml's `deployment` says."""
+    storage, versioning = params.deployment.storage, params.deployment.versioning
+    return Keep(storage.push, storage.timeout, COMMITTED if versioning.git_commit else ())
+
+
 def everything(pipeline: Pipeline, params: Params, experiment: str) -> dg.AssetSelection:
     """All assets of an experiment."""
     names = [dvc_repo.address(*pair) for pair in stages.instances(params, experiment, stages.LAST)]
@@ -95,7 +103,7 @@ def everything(pipeline: Pipeline, params: Params, experiment: str) -> dg.AssetS
 def define(*, pools: bool = True) -> tuple[Pipeline, dg.Definitions]:
     """The pipeline of the current folder, and its definitions."""
     params = load_params()
-    pipeline = Pipeline(Graph(Path()), partial(extras, params), run_tags=run_tags, pools=pools)
+    pipeline = Pipeline(Graph(Path()), partial(extras, params), run_tags=run_tags, pools=pools, keep=keep(params))
     jobs = [
         dg.define_asset_job(
             identifier(experiment),
@@ -105,7 +113,7 @@ def define(*, pools: bool = True) -> tuple[Pipeline, dg.Definitions]:
         )
         for experiment in params.experiments
     ]
-    return pipeline, dg.Definitions(assets=pipeline.assets(), jobs=jobs, sensors=[pipeline.sensor()])
+    return pipeline, dg.Definitions(assets=pipeline.assets(), jobs=[*jobs, *pipeline.jobs], sensors=pipeline.sensors())
 
 
 @dg.definitions

@@ -10,7 +10,7 @@ Ten lines load any dvc.yaml, which lies at the root of a DVC repository:
     from dod_pipeline.dvc_graph import Graph
 
     pipeline = Pipeline(Graph(Path(__file__).parent))
-    defs = dg.Definitions(assets=pipeline.assets(), sensors=[pipeline.sensor()])
+    defs = dg.Definitions(assets=pipeline.assets(), jobs=pipeline.jobs, sensors=pipeline.sensors())
 
 **Names.** The stage `clean` is the asset `clean`; `train@large`, from `foreach` or `matrix`, is `train/large`. Edges
 are those of `dvc dag`. `desc` is the description; `metrics` are numbers in the metadata, which Dagster plots over time;
@@ -37,6 +37,10 @@ holds in them); `always_changed`; `meta`. **Not understood**, and refused with a
 remedy: settings in Python files, dependencies and outputs that are URLs. Other dvc.yaml files below the root, and .dvc
 files, are no assets: what they make is a source.
 
+**What is kept elsewhere.** With `Keep(push="each")` each stage that was made is pushed to DVC's default remote, with
+`Keep(push="end")` all of a run at its end, in one call and a bounded time; with `Keep(commit=("dvc.lock", ...))` a run
+ends in a commit of those paths. What fails is a warning, undoes nothing, and is repeated the next time.
+
 **Locks.** Any number of runs may share a repository: stages run side by side where DVC's locks allow it, and who finds
 one taken is tried again. The stage's process gets Dagster Pipes' variables: it can report while it runs, and need not.
 """
@@ -44,19 +48,21 @@ one taken is tried again. The stage's process gets Dagster Pipes' variables: it 
 import hashlib
 import multiprocessing
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import dagster as dg
 
-from dod_pipeline import dvc_repo, lifeline
+from dod_pipeline import dvc_keep, dvc_repo, lifeline
 from dod_pipeline.dvc_events import Changed, Events, Made
 from dod_pipeline.dvc_graph import DVC_LOCK, Graph, Instance
+from dod_pipeline.dvc_keep import NOTHING, Keep
 from dod_pipeline.dvc_metadata import metadata_of
 
 RETRIES = 8  # after a transfer that broke off; who finds a lock waits for as long as its holder takes
@@ -92,8 +98,10 @@ class Pipeline:
         *,
         run_tags: Callable[[], Mapping[str, str]] = dict,
         pools: bool = True,
+        keep: Keep = NOTHING,
     ) -> None:
         self.graph = graph
+        self.keep = keep
         self.run_tags = run_tags
         self.pools = pools  # not for a run that has the folder alone: who holds a slot may wait for the folder
         self.code = {name: graph.code(instance) for name, instance in graph.instances.items()}
@@ -140,12 +148,19 @@ class Pipeline:
                 raise dg.RetryRequested(max_retries=retries, seconds_to_wait=pause) from error
             except OSError as error:
                 raise dg.Failure(description=str(error), allow_retries=False) from None
+            self.warn(context, dvc_keep.after_stage(self.keep, instance.name, known=self.keys, root=self.graph.root))
             return dg.MaterializeResult(
                 asset_key=self.keys[instance.name],
                 data_version=dg.DataVersion(self.version(instance.name)),
                 metadata=self.metadata(instance),
                 check_results=self.extras[instance.name].check(),
             )
+
+    def warn(self, context: dg.AssetExecutionContext, wrong: Iterable[str]) -> None:
+        """Say what doesn't undo the run, in its log and on the terminal."""
+        for text in wrong:
+            context.log.warning(text)
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def version(self, name: str) -> str:
         """What dvc.lock says of an instance that was just made; another dvc may be in the middle of writing it."""
@@ -170,6 +185,16 @@ class Pipeline:
             for name, instance in self.graph.instances.items()
         }
         return events.report(changed, made if names is None else names, made)
+
+    @cached_property
+    def jobs(self) -> list[dg.JobDefinition]:
+        """The one that keeps what was made, where that is wanted."""
+        wanted = self.keep.commit or self.keep.push != "never"
+        return [dvc_keep.job(self.keep, known=self.keys, root=self.graph.root)] if wanted else []
+
+    def sensors(self) -> list[dg.SensorDefinition]:
+        """The one that reads dvc.lock, and those that start the job."""
+        return [self.sensor(), *(sensor for job in self.jobs for sensor in dvc_keep.sensors(job))]
 
     def sensor(self, *, seconds: int = 30) -> dg.SensorDefinition:
         """A sensor that calls `report` when dvc.lock, an output or Dagster's events have changed since it last did."""

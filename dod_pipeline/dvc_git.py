@@ -1,4 +1,4 @@
-"""One commit at a run's end, of the paths that runs change and of nothing else: what the user has staged stays staged."""
+"""One commit at a run's end, of the paths that runs change and nothing else: what the user has staged stays staged."""
 
 import fcntl
 import os
@@ -39,7 +39,9 @@ def git(*arguments: str, root: Path) -> str:
                 command, cwd=root, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT
             )
         except subprocess.TimeoutExpired:
-            raise OSError(f"git {arguments[0]} in {root.absolute()}: no end after {TIMEOUT:g} s; call it yourself") from None
+            raise OSError(
+                f"git {arguments[0]} in {root.absolute()}: no end after {TIMEOUT:g} s; call it yourself"
+            ) from None
         if done.returncode == 0 or "index.lock" not in done.stderr:
             break
         time.sleep(PAUSE)

@@ -84,7 +84,9 @@ def remote(root: Path) -> str:
     except OSError:
         return "(unknown)"
     names = [line.split()[:2] for line in found.splitlines() if line.endswith("(default)")]
-    return " ".join([names[0][0], names[0][1].rpartition("@")[2]]) if names else "(none is set: `dvc remote default NAME`)"
+    return (
+        " ".join([names[0][0], names[0][1].rpartition("@")[2]]) if names else "(none is set: `dvc remote default NAME`)"
+    )
 
 
 @contextmanager
