@@ -184,8 +184,8 @@ def test_runs_that_commit_at_once_all_land(project: Project):
     """
     (project.root / "history").mkdir()
     started = [project.start("python", "-c", code, f"{number}.json") for number in range(4)]
-    for process in started:
-        assert process.wait() == 0, process.communicate()
+    said = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0] * 4, said
     subjects = project.run("git", "log", "--format=%s").stdout.splitlines()
     assert sorted(subjects[:4]) == [f"run {number}.json" for number in range(4)]
     assert project.run("git", "status", "--porcelain").stdout == ""
