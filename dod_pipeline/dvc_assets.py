@@ -48,6 +48,7 @@ one taken is tried again. The stage's process gets Dagster Pipes' variables: it 
 import hashlib
 import multiprocessing
 import os
+import re
 import sys
 import time
 import warnings
@@ -83,9 +84,17 @@ class Extras(NamedTuple):
     metadata: Callable[[], Metadata] = dict  # more than numbers and plots of dvc.yaml, once made
 
 
-def asset_key(instance: Instance) -> dg.AssetKey:
-    """metrics@mnist-1500 is the asset metrics/mnist-1500."""
-    return dg.AssetKey([instance.stage] if instance.key is None else [instance.stage, instance.key])
+def asset_keys(instances: Mapping[str, Instance]) -> dict[str, dg.AssetKey]:
+    """metrics@mnist-1500 is the asset metrics/mnist-1500. Characters that Dagster has no use for become `_`."""
+    found: dict[str, dg.AssetKey] = {}
+    taken = set()  # Dagster tells names apart without their punctuation
+    for name, item in instances.items():
+        path = [re.sub("[^A-Za-z0-9_-]", "_", part) for part in (item.stage, item.key) if part is not None]
+        if re.sub(r"\W", "_", "__".join(path)) in taken:
+            path[-1] += f"_{len(found)}"
+        taken.add(re.sub(r"\W", "_", "__".join(path)))
+        found[name] = dg.AssetKey(path)
+    return found
 
 
 class Pipeline:
@@ -106,7 +115,7 @@ class Pipeline:
         self.pools = pools  # not for a run that has the folder alone: who holds a slot may wait for the folder
         self.code = {name: graph.code(instance) for name, instance in graph.instances.items()}
         self.extras = {name: extras(instance) for name, instance in graph.instances.items()}
-        self.keys = {name: asset_key(instance) for name, instance in graph.instances.items()}
+        self.keys = asset_keys(graph.instances)
 
     def assets(self) -> list[dg.AssetsDefinition]:
         """One unpartitioned asset for each instance."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain, repeat
 from pathlib import Path
 from typing import IO, Any, TextIO
+from urllib.parse import quote, unquote
 
 from dod_pipeline.dvc_graph import DVC_LOCK, check_conflict
 from dod_pipeline.dvc_wreck import is_committed, is_cut_off, is_dead
@@ -155,7 +156,10 @@ def mend(root: Path) -> None:
         table.unlink()
     for copy in sorted((root / COPIES).glob("*.yaml")):
         if is_cut_off(lock, copy) and not is_committed(lock):
-            print(f"{lock}: dvc was killed while it wrote this; put back as it was before {copy.stem}", flush=True)
+            print(
+                f"{lock}: dvc was killed while it wrote this; put back as it was before {unquote(copy.stem)}",
+                flush=True,
+            )
             os.replace(copy, lock)
         else:
             copy.unlink()
@@ -163,7 +167,7 @@ def mend(root: Path) -> None:
 
 def copy_lock(root: Path, target: str) -> Path:
     """Keep a copy of dvc.lock while dvc runs, which writes it in place: `mend` puts it back if dvc is killed then."""
-    lock, copy = root / DVC_LOCK, root / COPIES / f"{target}.yaml"
+    lock, copy = root / DVC_LOCK, root / COPIES / f"{quote(target, safe='@')}.yaml"
     if lock.exists():
         partial = copy.with_suffix(".partial")
         shutil.copyfile(lock, partial)
@@ -178,7 +182,7 @@ def repro_one(target: str, *, root: Path, env: Mapping[str, str] | None = None) 
     on, and waited for. Who makes the same at the same time is waited for.
     """
     (root / COPIES).mkdir(parents=True, exist_ok=True)
-    with (root / COPIES / f"{target}.lock").open("a") as file:
+    with (root / COPIES / f"{quote(target, safe='@')}.lock").open("a") as file:
         take(file, fcntl.LOCK_EX, f"making {target} in {root.absolute()}")
         repro_locked(target, root=root, env=env)
 

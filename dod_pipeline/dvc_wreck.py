@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import psutil
 
@@ -62,8 +63,9 @@ def is_cut_off(lock: Path, copy: Path) -> bool:
         now = stages_in(lock)
     except ValueError:
         return True
-    then.pop(copy.stem, None)
-    whole = copy.stem not in now or is_whole(now.pop(copy.stem))
+    name = unquote(copy.stem)
+    then.pop(name, None)
+    whole = name not in now or is_whole(now.pop(name))
     return is_part(now, then) and (now != then or not whole)
 
 

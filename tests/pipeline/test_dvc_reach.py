@@ -25,6 +25,12 @@ stages:
       wdir: far
       cmd: "echo '{\\"length\\": {\\"of\\": 5}}' > ${item}.json"
       metrics: ["${item}.json": {cache: false}]
+  odd:
+    foreach: ["x y/z", 2.5, "2_5"]
+    do:
+      cmd: echo 1 > "${item}.txt"
+      deps: [source]
+      outs: ["${item}.txt"]
   curve:
     wdir: far
     frozen: true
@@ -86,6 +92,8 @@ def test_ten_lines_load_a_foreign_dvc_yaml_and_make_it(tmp_path: Path):
     """The frozen stage, which depends on another, was made before; its plots and metrics are the asset's."""
     project = Project(tmp_path)
     (tmp_path / "far").mkdir()
+    (tmp_path / "x y").mkdir()
+    (tmp_path / "source").write_text("")
     (tmp_path / "curve.py").write_text(CURVE)
     project.run("git", "init", "--quiet")
     project.dvc("init", "--quiet")
@@ -100,6 +108,8 @@ def test_ten_lines_load_a_foreign_dvc_yaml_and_make_it(tmp_path: Path):
     with dg.DagsterInstance.ephemeral() as instance:
         done = definitions.resolve_implicit_global_asset_job_def().execute_in_process(instance=instance)
         assert done.success
+        odd = [str(key.path[1]) for key in instance.get_asset_keys() if key.path[0] == "odd"]
+        assert sorted(name[:5] for name in odd) == ["2_5", "2_5_4", "x_y_z"]
         made = {m.asset_key.to_user_string(): m.metadata for m in done.asset_materializations_for_node("curve")}
     assert project.lock() == before
     metadata = made["curve"]
