@@ -40,8 +40,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("experiment", metavar="EXPERIMENT")
     report.set_defaults(action=do_report)
 
-    status = commands.add_parser("status", help="which stages are up to date")
-    status.set_defaults(action=do_status)
+    commands.add_parser("status", help="which stages are up to date").set_defaults(action=do_status)
 
     models = commands.add_parser("models", help="parameters and GFLOPs of the presets")
     models.add_argument("--json", action="store_true")
@@ -67,6 +66,10 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("file", type=Path, metavar="FILE.npz")
     export.add_argument("--stage", type=int, choices=(1, 2), default=2)
     export.set_defaults(action=do_export)
+
+    pull = commands.add_parser("pull", help="fetch what dvc.lock names and the remote has (dvc pull, in bounded time)")
+    pull.add_argument("targets", nargs="*", metavar="STAGE@KEY", help="these alone (default: everything)")
+    pull.set_defaults(action=do_pull)
 
     accept = commands.add_parser(
         "accept", help="record that changed code left a stage's outputs right (dvc commit --force)"
@@ -230,6 +233,15 @@ def do_export(given: argparse.Namespace) -> int:
     from dod_pipeline import samples
 
     return samples.export(given.checkpoint, stage=given.stage, out=given.file)
+
+
+def do_pull(given: argparse.Namespace) -> int:
+    """Fetch outputs from DVC's remote, within `deployment.storage.timeout`."""
+    from dod_pipeline import dvc_transfer
+    from dod_pipeline.config import load_params
+
+    dvc_transfer.pull(given.targets, root=Path(), timeout=load_params().deployment.storage.timeout)
+    return 0
 
 
 def do_accept(given: argparse.Namespace) -> int:

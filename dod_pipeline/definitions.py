@@ -13,6 +13,9 @@ from dod_pipeline import candidates, checks, costs, dvc_repo, exhibits, ledger, 
 from dod_pipeline.config import Params, identifier, load_params
 from dod_pipeline.dvc_assets import Extras, Pipeline
 from dod_pipeline.dvc_graph import Graph, Instance
+from dod_pipeline.dvc_keep import Keep
+
+COMMITTED = ("dvc.lock", "metrics", "facts", "curves", "history")  # what git keeps of a run
 
 
 class Line(NamedTuple):
@@ -91,6 +94,12 @@ def run_tags() -> dict[str, str]:
     return {} if commit is None else {"dod/commit": commit}
 
 
+def keep(params: Params) -> Keep:
+    """What a run's end keeps elsewhere, as params.yaml's `deployment` says."""
+    storage, versioning = params.deployment.storage, params.deployment.versioning
+    return Keep(storage.push, storage.timeout, COMMITTED if versioning.git_commit else ())
+
+
 def selected(pipeline: Pipeline, params: Params, experiment: str, wanted: Sequence[str]) -> dg.AssetSelection:
     """The assets of an experiment's stages that are wanted."""
     known = stages.instances(params, experiment, stages.LAST)
@@ -124,13 +133,13 @@ def define(*, pools: bool = True) -> tuple[Pipeline, dg.Definitions]:
     """The pipeline of the current folder, and its definitions."""
     params = load_params()
     retraining = schedules.automation(params)  # first: it says of a bad cron where it stands
-    pipeline = Pipeline(Graph(Path()), partial(extras, params), run_tags=run_tags, pools=pools)
+    pipeline = Pipeline(Graph(Path()), partial(extras, params), run_tags=run_tags, pools=pools, keep=keep(params))
     jobs = [job for experiment in params.experiments for job in jobs_of(pipeline, params, experiment)]
     return pipeline, dg.Definitions(
         assets=pipeline.assets(),
-        jobs=[*jobs, *retraining.jobs],
+        jobs=[*jobs, *pipeline.jobs, *retraining.jobs],
         schedules=retraining.schedules,
-        sensors=[pipeline.sensor(), *retraining.sensors],
+        sensors=[*pipeline.sensors(), *retraining.sensors],
     )
 
 
