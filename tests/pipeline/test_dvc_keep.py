@@ -148,7 +148,7 @@ def test_a_run_that_ended_is_followed_by_the_job(project: Project):
     assert {sensor.name for sensor in repository.sensor_defs} == {
         "dvc_lock",
         "dvc_keep_after_success",
-        "keep_after_failure",
+        "dvc_keep_after_failure",
     }
     sensor = next(found for found in repository.sensor_defs if found.name == "dvc_keep_after_success")
     assert isinstance(sensor, dg.RunStatusSensorDefinition)
