@@ -249,8 +249,11 @@ class Pipeline:
 
 def touched(path: Path) -> str:
     """When a file, or the last in a folder, was changed, and how many there are."""
-    times = [entry.stat().st_mtime_ns for entry in entries(path)] if path.is_dir() else []
-    return f"{path.stat().st_mtime_ns} {max(times, default=0)} {len(times)}" if path.exists() else "none"
+    try:
+        times = [entry.stat(follow_symlinks=False).st_mtime_ns for entry in entries(path)] if path.is_dir() else []
+        return f"{path.stat().st_mtime_ns} {max(times, default=0)} {len(times)}"
+    except FileNotFoundError:  # or it went while this looked
+        return "none"
 
 
 def entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -1,7 +1,7 @@
 """What a run's end keeps elsewhere of what was made: outputs on DVC's remote, dvc.lock and small files in git.
 
 Neither undoes a run: what can't be kept now is said, and kept the next time. Runs that Dagster's daemon sees end are
-followed by a run of the job `keep`, for a push may take longer than a sensor has.
+followed by a run of the job `dvc_keep`, for a push may take longer than a sensor has.
 """
 
 from collections.abc import Collection, Iterator
@@ -13,7 +13,7 @@ import dagster as dg
 from dod_pipeline import dvc_git, dvc_transfer
 
 KEPT = "dvc/kept"  # tag of runs whose end their own process sees to
-NAME = "keep"
+NAME = "dvc_keep"
 
 
 class Keep(NamedTuple):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +18,16 @@ from dod_pipeline.lifeline import held
 OWED = Path(".dvc", "tmp", "dod", "owed.json")
 
 
+Notes = dict[str, str]  # stage instance -> a token of when it was made, so that one made during a push stays owed
+
+
 def owe(names: Iterable[str], *, root: Path) -> None:
     """Note stage instances whose outputs the remote shall have."""
     with noted(root) as file:
-        note(file, read(file) | set(names))
+        note(file, read(file) | {name: uuid.uuid4().hex for name in names})
 
 
-def owed(root: Path) -> set[str]:
+def owed(root: Path) -> Notes:
     """Stage instances whose outputs the remote may not have yet."""
     with noted(root) as file:
         return read(file)
@@ -34,12 +38,12 @@ def settle(known: Iterable[str], *, root: Path, timeout: float) -> None:
 
     What is not `known` any more, because dvc.yaml has changed, is forgotten.
     """
-    names = owed(root)
-    targets = sorted(names & set(known))
+    done = owed(root)
+    targets = sorted(done.keys() & set(known))
     if targets:
         transfer("push", targets, root=root, timeout=timeout)
     with noted(root) as file:
-        note(file, read(file) - names)
+        note(file, {name: token for name, token in read(file).items() if done.get(name) != token})
 
 
 def pull(targets: list[str], *, root: Path, timeout: float) -> None:
@@ -99,18 +103,18 @@ def noted(root: Path) -> Iterator[TextIO]:
         yield file
 
 
-def read(file: TextIO) -> set[str]:
-    """The names in the notes."""
+def read(file: TextIO) -> Notes:
+    """What the file holds."""
     file.seek(0)
     try:
-        return set(json.loads(file.read() or "[]"))
+        return dict(json.loads(file.read() or "{}"))
     except ValueError:  # a full disk, or the power: what is missing is made good by a `dvc push`
-        return set()
+        return {}
 
 
-def note(file: TextIO, names: set[str]) -> None:
-    """Write the notes."""
+def note(file: TextIO, notes: Notes) -> None:
+    """Write it anew."""
     file.truncate(0)
-    file.write(json.dumps(sorted(names)))
+    file.write(json.dumps(notes))
     file.flush()
     os.fsync(file.fileno())

@@ -115,7 +115,7 @@ def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[st
         pipeline, definitions = define(pools=False)
         with instance(root) as found:
             bury(found, root)
-            pipeline.report(pipeline.events(found), changed, names)
+            pipeline.report(pipeline.events(found), {}, [name for name in names if name not in changed])
             due = [name for name in pipeline.graph.downstream(changed) if name in names]
             demand(pipeline, [name for name in names if name not in due])
             if not due:

@@ -52,7 +52,7 @@ class Writer:
         items = list(stages.items())
         self.random.shuffle(items)
         inline = {"inline": {"vars": "too"}, "deep": {"new": 7}}
-        top = self.random.choice([{}, {"vars": ["shared.yaml"]}, {"vars": ["shared.json:shared", inline]}])
+        top: Any = self.random.choice([{}, {"vars": ["shared.yaml"]}, {"vars": ["shared.json:shared", inline]}])
         outs = [path for path in self.made if path.endswith(".json")]
         beside = {"metrics": outs[:1], "plots": [{path: None} for path in outs[1:2]]} if outs else {}
         return {**top, "stages": dict(items), **beside}
@@ -74,7 +74,11 @@ class Writer:
             found["params"] = ["size", {f"{up}shared.yaml": self.random.choice([["shared.one"], None])}]
             found["params"] = found["params"][1:] if wdir else found["params"]
         extra = f"{made}.json"
-        extras = [{}, {"metrics": [{extra: {"cache": False}}]}, {"plots": [{extra: {"x": "a", "y": "b"}}]}]
+        extras: list[dict[str, Any]] = [
+            {},
+            {"metrics": [{extra: {"cache": False}}]},
+            {"plots": [{extra: {"x": "a", "y": "b"}}]},
+        ]
         extras += [{"frozen": True}, {"always_changed": True}, {"desc": "words", "meta": {"any": ["thing"]}}]
         found |= self.random.choice(extras)
         if wdir:

@@ -86,8 +86,8 @@ def test_eight_runs_at_once_meet_no_lock_and_lose_no_entry(tmp_path: Path):
     for process in runs:
         process.join()
     assert [process.exitcode for process in runs] == [0] * 8
-    for process, (out, err) in zip(bare, said, strict=True):
-        assert process.returncode == 0 or dvc_repo.BUSY.search(err), out + err
+    for other, (out, err) in zip(bare, said, strict=True):
+        assert other.returncode == 0 or dvc_repo.BUSY.search(err), out + err
     assert set(project.lock()) >= wanted
     assert not wanted & set(json.loads(project.dvc("status", "--json").stdout))
     times = sorted(json.loads(line) for line in (root / "times.jsonl").read_text().splitlines())

@@ -78,16 +78,16 @@ def use_s3(project: Project, endpoint: str) -> None:
 
 def test_a_stage_is_pushed_when_it_is_made_or_at_the_end_in_one_call(project: Project):
     assert materialize(project, Keep(push="each"), "one")[0] == []
-    assert on_remote(project) == 3 and dvc_transfer.owed(project.root) == set()  # two files and their folder
+    assert on_remote(project) == 3 and dvc_transfer.owed(project.root) == {}  # two files and their folder
     assert materialize(project, Keep(push="end"), "two@x", "two@y")[0] == []
-    assert on_remote(project) == 3 and dvc_transfer.owed(project.root) == {"two@x", "two@y"}
+    assert on_remote(project) == 3 and set(dvc_transfer.owed(project.root)) == {"two@x", "two@y"}
     assert list(dvc_keep.after_run(Keep(push="end"), "r", known=["one", "two@x", "two@y"], root=project.root)) == []
-    assert on_remote(project) == 4 and dvc_transfer.owed(project.root) == set()  # their content is equal
+    assert on_remote(project) == 4 and dvc_transfer.owed(project.root) == {}  # their content is equal
 
 
 def test_without_the_wish_nothing_is_pushed(project: Project):
     assert materialize(project, Keep(), "one")[0] == []
-    assert on_remote(project) == 0 and dvc_transfer.owed(project.root) == set()
+    assert on_remote(project) == 0 and dvc_transfer.owed(project.root) == {}
     assert Pipeline(Graph(project.root)).jobs == []
 
 
@@ -98,12 +98,12 @@ def test_a_hung_remote_ends_in_time_and_is_made_good_later(project: Project, hun
     assert time.monotonic() - started < 60
     assert "dvc push, remote far s3://data/store, failed (no end after 8 s)" in said and "SECRET" not in said
     assert "What was computed stays here" in said and "dvc remote list" in said
-    assert dvc_transfer.owed(project.root) == {"one"}
+    assert set(dvc_transfer.owed(project.root)) == {"one"}
     left = subprocess.run(["pgrep", "-f", f"dvc.*push one.*{project.root}"], capture_output=True, text=True)
     assert left.stdout == ""
     (project.root / ".dvc" / "config.local").unlink()
     assert materialize(project, Keep(push="each"), "two@x")[0] == []
-    assert on_remote(project) == 4 and dvc_transfer.owed(project.root) == set()
+    assert on_remote(project) == 4 and dvc_transfer.owed(project.root) == {}
 
 
 def test_a_dead_remote_is_named(project: Project):
@@ -118,7 +118,19 @@ def test_a_dead_remote_is_named(project: Project):
     assert failed.user_failure_data is not None
     said = failed.user_failure_data.description or ""
     assert said.startswith("dvc push, remote far s3://data/store, failed (dvc: ") and "SECRET" not in said
-    assert dvc_transfer.owed(project.root) == {"one"}
+    assert set(dvc_transfer.owed(project.root)) == {"one"}
+
+
+def test_what_is_made_anew_during_a_push_is_still_owed(project: Project, monkeypatch: pytest.MonkeyPatch):
+    dvc_transfer.owe(["one", "two@x"], root=project.root)
+
+    def push(what: str, arguments: list[str], *, root: Path, timeout: float) -> None:
+        assert (what, arguments) == ("push", ["one", "two@x"])
+        dvc_transfer.owe(["one"], root=root)
+
+    monkeypatch.setattr(dvc_transfer, "transfer", push)
+    dvc_transfer.settle(["one", "two@x"], root=project.root, timeout=60)
+    assert set(dvc_transfer.owed(project.root)) == {"one"}
 
 
 def test_pull_takes_what_the_remote_has(project: Project, tmp_path: Path):
@@ -135,10 +147,10 @@ def test_a_run_that_ended_is_followed_by_the_job(project: Project):
     repository = definitions.get_repository_def()
     assert {sensor.name for sensor in repository.sensor_defs} == {
         "dvc_lock",
-        "keep_after_success",
-        "keep_after_failure",
+        "dvc_keep_after_success",
+        "dvc_keep_after_failure",
     }
-    sensor = next(found for found in repository.sensor_defs if found.name == "keep_after_success")
+    sensor = next(found for found in repository.sensor_defs if found.name == "dvc_keep_after_success")
     assert isinstance(sensor, dg.RunStatusSensorDefinition)
     (project.root / "history").mkdir()
     (project.root / "history" / "record.json").write_text("{}")
@@ -147,7 +159,7 @@ def test_a_run_that_ended_is_followed_by_the_job(project: Project):
         for tags, follows in (({}, True), ({dvc_keep.KEPT: "here"}, False)):
             done = job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey("one")], tags=tags)
             context = dg.build_run_status_sensor_context(
-                "keep_after_success", done.get_run_success_event(), instance, done.dagster_run
+                "dvc_keep_after_success", done.get_run_success_event(), instance, done.dagster_run
             )
             asked = sensor(context)
             assert isinstance(asked, dg.RunRequest) == follows

@@ -1,6 +1,8 @@
 """Any dvc.yaml that DVC reads is read as DVC reads it, or refused by name."""
 
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -55,14 +57,14 @@ def test_stages_and_edges_of_100_random_files_are_those_of_dvc(tmp_path: Path):
     project.dvc("init", "--quiet")
     for seed in range(FILES):
         generated.write(tmp_path / f"p{seed}", seed)
-    found: dict[str, list[dict[str, object]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for stage in generated.as_dvc_reads_them(tmp_path):
         found.setdefault(str(stage.pop("file")), []).append(stage)
     assert len(found) == FILES and sum(len(stages) for stages in found.values()) > 8 * FILES
     assert sum(bool(stage["upstream"]) for stages in found.values() for stage in stages) > 3 * FILES
     for seed in range(FILES):
         graph = Graph(tmp_path / f"p{seed}")
-        mine = [
+        mine: list[dict[str, Any]] = [
             {
                 "name": name,
                 "cmd": item.cmd,
@@ -74,10 +76,9 @@ def test_stages_and_edges_of_100_random_files_are_those_of_dvc(tmp_path: Path):
             for name, item in graph.instances.items()
         ]
 
-        def by_name(stage: dict[str, object]) -> str:
-            return str(stage["name"])
-
-        assert sorted(mine, key=by_name) == sorted(found[f"p{seed}/dvc.yaml"], key=by_name), f"seed {seed}"
+        assert sorted(mine, key=itemgetter("name")) == sorted(found[f"p{seed}/dvc.yaml"], key=itemgetter("name")), (
+            f"seed {seed}"
+        )
 
 
 def ten_lines() -> str:
