@@ -1,4 +1,4 @@
-"""Stage `codec`: train a small autoencoder on the data set, or take Stable Diffusion's; score its reconstructions."""
+"""Stage `codec`: train a small autoencoder on the data set, or take a finished one; score its reconstructions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from tqdm import trange
 
 from dod_models import artifact, draws, stable_diffusion
-from dod_models.codec import BATCH, RECONSTRUCTIONS, SCHEMA, Codec, batch_size
-from dod_models.config import Frozen
+from dod_models.codec import BATCH, RECONSTRUCTIONS, SCHEMA, Codec, batch_size, load_vae
+from dod_models.config import Frozen, local_copy
 from dod_models.evaluate import psnr
 from dod_models.evaluator import Evaluator, Gathered
 from dod_models.images import ImageFolder
@@ -19,10 +19,11 @@ from dod_models.pixels import to_signal
 
 
 class CodecConfig(Frozen):
-    """Which autoencoder, and how the small one is trained."""
+    """Which autoencoder, and how the small one is trained. "finished" is one that was trained here and is kept, so that
+    new images make no other latents: weights mean nothing in those of another codec."""
 
-    source: Literal["train", "stable-diffusion"] = "train"
-    path: str | None = None  # for "stable-diffusion": folder or s3://BUCKET/PREFIX; None: the Hugging Face cache
+    source: Literal["train", "finished", "stable-diffusion"] = "train"
+    path: str | None = None  # of one that isn't trained: folder or s3://BUCKET/PREFIX; None: the Hugging Face cache
     revision: str = Field(stable_diffusion.REVISION, pattern="^[0-9a-f]{40}$")  # of the cache's repository
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # of the weights; None: recorded, not required
     image_size: PositiveInt = 32  # pixels
@@ -35,6 +36,25 @@ class CodecConfig(Frozen):
     learning_rate: PositiveFloat = 2e-3  # peak of the one-cycle schedule
     kl_weight: float = Field(4e-6, ge=0)  # per latent number
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def check_pinned(self) -> "CodecConfig":
+        """A finished codec is named by its digest."""
+        if self.source == "finished" and (self.path is None or self.sha256 is None):
+            raise ValueError("path and sha256: needed with source 'finished'; `dod pin DATASET` prints them")
+        return self
+
+
+def finished(config: CodecConfig) -> Codec:
+    """The codec that `dod pin` put aside: diffusers' config with the scale in it, and weights of the stated digest."""
+    folder = local_copy(config.path or "")
+    weights = folder / stable_diffusion.WEIGHTS
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: not there; bring it back, or correct codec.path in params.yaml")
+    if (found := artifact.sha256_file(weights)) != config.sha256:
+        raise ValueError(f"{weights}: sha256 is {found}, codec.sha256 says {config.sha256}; correct one of them")
+    vae = load_vae(folder)
+    return Codec(vae, scale=float(vae.config.scaling_factor))
 
 
 def small_vae(config: CodecConfig) -> Any:
@@ -107,6 +127,8 @@ def build_codec(config: CodecConfig, *, dataset: Path, reference: Path, out: Pat
             pixels = np.concatenate(list(blocks_of(config, dataset, "train")))
             vae = train_vae(config, pixels)
             codec = Codec(vae, scale=measure_scale(vae, pixels))
+        elif config.source == "finished":
+            codec, origin = finished(config), {"weights": {"sha256": config.sha256}}
         else:
             taken = stable_diffusion.load(config.path, revision=config.revision, sha256=config.sha256)
             codec, origin = taken.codec, {"weights": taken.origin}

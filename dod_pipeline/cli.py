@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dod_pipeline import cli_evaluate
+from dod_pipeline import cli_evaluate, cli_history, cli_retrain
 
 if TYPE_CHECKING:
     from dod_pipeline.config import Params
@@ -40,14 +40,15 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("experiment", metavar="EXPERIMENT")
     report.set_defaults(action=do_report)
 
-    status = commands.add_parser("status", help="which stages are up to date")
-    status.set_defaults(action=do_status)
+    commands.add_parser("status", help="which stages are up to date").set_defaults(action=do_status)
 
     models = commands.add_parser("models", help="parameters and GFLOPs of the presets")
     models.add_argument("--json", action="store_true")
     models.set_defaults(action=do_models)
 
+    cli_history.add(commands)
     cli_evaluate.add(commands)
+    cli_retrain.add(commands)
 
     generate = commands.add_parser("generate", help="a picture of chosen classes through all stages")
     generate.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -66,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--stage", type=int, choices=(1, 2), default=2)
     export.set_defaults(action=do_export)
 
+    pull = commands.add_parser("pull", help="fetch what dvc.lock names and the remote has (dvc pull, in bounded time)")
+    pull.add_argument("targets", nargs="*", metavar="STAGE@KEY", help="these alone (default: everything)")
+    pull.set_defaults(action=do_pull)
+
     accept = commands.add_parser(
         "accept", help="record that changed code left a stage's outputs right (dvc commit --force)"
     )
@@ -77,10 +82,11 @@ def parser() -> argparse.ArgumentParser:
 def do_run(given: argparse.Namespace) -> int:
     """Make the experiments' stages where they are outdated, through Dagster; then their tables and pictures."""
     from dod_models import artifact
-    from dod_pipeline import runs, stages
+    from dod_pipeline import listing, runs, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
+    listing.ensure(params, given.experiments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     jobs = runs.run(params, given.experiments, given.until)
     for stage, key in jobs:  # what DVC has recorded need not be kept twice
@@ -128,7 +134,7 @@ def do_stage(given: argparse.Namespace) -> int:
 
         lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
-    from dod_pipeline import costs, fetch, history, launch, stages
+    from dod_pipeline import costs, fetch, launch, listing, provisional, records, sources, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
@@ -138,17 +144,21 @@ def do_stage(given: argparse.Namespace) -> int:
 
         report.write(job)
         return 0
+    if job.stage == "dataset":
+        listing.advise(given.key)
     fetch.inputs(job)
     started = time.monotonic()
-    code = launch.run(job)
+    with provisional.beside(params, job):
+        code = launch.run(job)
     if code != 0 or launch.is_helper(job.stage):  # the first machine has the results
         return code
     seconds = time.monotonic() - started
+    sources.keep_settings(job)
     processes = launch.processes_of(job.stage) * launch.machines_of(job.stage)[0]
     costs.append(job, seconds=seconds, device=launch.device_name(), processes=processes)
     if job.stage in ("metrics", "sweeps"):
-        for record in history.records(params, job):
-            history.append(record)
+        for record in records.records(params, job):
+            records.append(record)
     if job.stage == "train":
         artifact.write_json(Path("curves", f"{given.key}.json"), stages.training_curve(job))  # for `dvc plots`
     return 0
@@ -223,6 +233,15 @@ def do_export(given: argparse.Namespace) -> int:
     from dod_pipeline import samples
 
     return samples.export(given.checkpoint, stage=given.stage, out=given.file)
+
+
+def do_pull(given: argparse.Namespace) -> int:
+    """Fetch outputs from DVC's remote, within `deployment.storage.timeout`."""
+    from dod_pipeline import dvc_transfer
+    from dod_pipeline.config import load_params
+
+    dvc_transfer.pull(given.targets, root=Path(), timeout=load_params().deployment.storage.timeout)
+    return 0
 
 
 def do_accept(given: argparse.Namespace) -> int:

@@ -1,26 +1,15 @@
-"""The commands of `dod` that read and judge evaluations: history, compare, gate, calibrate. Imports come late."""
+"""The commands of `dod` that make and judge evaluations: compare, gate, calibrate, provisional. Imports come late."""
 
 import argparse
 import json
-from pathlib import Path
-from typing import Any
+import os
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Give the command line these sub-commands."""
-    history = commands.add_parser("history", help="every evaluation that was made")
-    for name in ("experiment", "checkpoint", "stage", "metric"):
-        history.add_argument(f"--{name}")
-    history.add_argument("--kind", choices=("score", "verdict", "calibration"), default="score")
-    history.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw the metric (default: fid) over steps by stage"
-    )
-    history.add_argument("--format", choices=("table", "json", "csv"), default="table")
-    history.set_defaults(action=do_history)
-
     compare = commands.add_parser("compare", help="two evaluations side by side, if they may be compared")
     for name in ("a", "b"):
-        compare.add_argument(name, metavar=name.upper(), help="id of a record, or CHECKPOINT, or CHECKPOINT:STAGE")
+        compare.add_argument(name, metavar=name.upper(), help="first digits of a record's id, or CHECKPOINT[:STAGE]")
     compare.add_argument("--format", choices=("table", "json"), default="table")
     compare.set_defaults(action=do_compare)
 
@@ -39,73 +28,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     calibrate.set_defaults(action=do_calibrate)
 
-
-def do_history(given: argparse.Namespace) -> int:
-    """Print the records that match."""
-    from dod_pipeline import history, tables
-
-    filters = {name: getattr(given, name) for name in ("experiment", "checkpoint", "stage", "metric")}
-    if given.plot is not None:
-        if given.kind != "score":
-            raise ValueError(f"--plot: a {given.kind} is no score; leave out --kind")
-        return plot_history(given.plot, filters | {"metric": given.metric or "fid"})
-    found = history.query(kind=given.kind, **filters)
-    if given.format == "json":
-        print(json.dumps(found, indent=1))
-    elif given.format == "csv":
-        print(tables.history_csv(found), end="")
-    elif found:
-        {"score": tables.history, "verdict": show_verdicts, "calibration": show_calibrations}[given.kind](found)
-    else:
-        makes = {"score": "run EXPERIMENT", "verdict": "gate", "calibration": "calibrate"}
-        print(f"no such record; `dod {makes[given.kind]}` makes some")
-    return 0
-
-
-def plot_history(path: Path, filters: dict[str, str]) -> int:
-    """Draw the records that match into a PNG file."""
-    from dod_pipeline import history, ledger
-
-    if path.suffix != ".png":
-        raise ValueError(f"--plot {path}: the picture is a PNG; name it FILE.png")
-    found = history.query(ledger.HISTORY, **filters)
-    if not found:
-        raise ValueError("no such record; `dod history` lists what there is, `dod run EXPERIMENT` makes some")
-    series, floors = history.over_steps(found)
-    from dod_pipeline import canvas, plots  # late: what can't be plotted needs no matplotlib
-
-    picture = canvas.png(plots.over_steps(series, floors, metric=filters["metric"], title=history.setting(found)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture)
-    print(f"wrote {path}")
-    return 0
-
-
-def show_verdicts(found: list[dict[str, Any]]) -> None:
-    """Verdicts, one a line."""
-    from dod_pipeline import tables
-
-    columns = ["time", "candidate", "incumbent", "verdict", "difference", "interval", "tolerance", "blocks", "samples"]
-    rows = []
-    for row in found:
-        names = [row[role]["checkpoint"] for role in ("candidate", "incumbent")]
-        numbers = [f"{row['mean']:+.3f}", f"{row['lower']:+.3f} to {row['upper']:+.3f}", f"{row['tolerance']:.3f}"]
-        counts = [str(len(row["differences"])), str(row["num_samples"])]
-        rows.append([row["time"][:19].replace("T", " "), *names, row["verdict"], *numbers, *counts])
-    tables.show("verdicts", columns, rows, left=4)
-
-
-def show_calibrations(found: list[dict[str, Any]]) -> None:
-    """Calibrations, one a line."""
-    from dod_pipeline import tables
-
-    columns = ["time", "checkpoints", "tolerance", "spread", "blocks", "samples"]
-    rows = []
-    for row in found:
-        names = ", ".join(one["checkpoint"] for one in row["retrains"])
-        numbers = [f"{row['tolerance']:.3f}", f"{row['spread']:.3f}", str(len(row["seeds"])), str(row["num_samples"])]
-        rows.append([row["time"][:19].replace("T", " "), names, *numbers])
-    tables.show("calibrations", columns, rows, left=2)
+    provisional = commands.add_parser("provisional", help="score a training's saved steps, while it runs too")
+    provisional.add_argument("experiment", metavar="EXPERIMENT")
+    provisional.add_argument("--watch", action="store_true", help="go on as steps come, at low priority, until stopped")
+    provisional.set_defaults(action=do_provisional)
 
 
 def do_compare(given: argparse.Namespace) -> int:
@@ -119,16 +45,7 @@ def do_compare(given: argparse.Namespace) -> int:
         metrics = {line.metric: {k: v for k, v in line._asdict().items() if k != "metric"} for line in found}
         print(json.dumps({"a": a, "b": b, "metrics": metrics, "differs": differing}, indent=1))
         return 0
-    rows = []
-    for line in found:
-        digits = tables.DIGITS.get(line.metric, 3)
-        both = [
-            tables.with_error(value, error, digits=digits)
-            for value, error in ((line.a, line.a_error), (line.b, line.b_error))
-        ]
-        relative = "-" if line.relative is None else f"{line.relative:+.1%}"
-        rows.append([line.metric, *both, f"{line.difference:+.{digits}f}", relative])
-    tables.show(f"A {a['id']}\nB {b['id']}\n{history.setting([a])}", ["metric", "A", "B", "B - A", "relative"], rows)
+    tables.differences(f"A {a['id']}\nB {b['id']}\n{history.setting([a])}", found)
     shown = [f"{name}: {str(ours)[:40]} and {str(theirs)[:40]}" for name, (ours, theirs) in differing.items()]
     print("they differ in\n  " + "\n  ".join(shown) if shown else "they differ in no setting that is recorded")
     return 0
@@ -168,4 +85,17 @@ def do_calibrate(given: argparse.Namespace) -> int:
     )
     print("dod gate takes it from the history; to fix it, write into params.yaml:")
     print(f"  experiments.{found.experiment}.gate: {{tolerance: {found.tolerance:.4g}}}")
+    return 0
+
+
+def do_provisional(given: argparse.Namespace) -> int:
+    """Score the steps that are saved; with --watch, those to come too."""
+    from dod_pipeline import provisional, stages
+    from dod_pipeline.config import load_params
+
+    params = load_params()
+    stages.check_key(params, "train", given.experiment)
+    if given.watch:
+        os.nice(provisional.PATIENCE)
+    provisional.follow(params, given.experiment, watch=given.watch)
     return 0

@@ -1,15 +1,18 @@
-"""`dod compare A B`: two evaluations beside each other, if they may be compared at all."""
+"""Two evaluations beside each other: their numbers, if these may be compared at all, and what differs between them."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dod_pipeline import history
+from dod_models import artifact
+from dod_pipeline import catalogue, history, ledger
 from dod_pipeline.ledger import HISTORY
+from dod_pipeline.sources import SETTINGS
 
 STAGE = "2"  # of a checkpoint that is named without one
 SAID = ("train_seed", "seed", "guidance", "sampler", "config", "previous", "weights", "codec", "data", "commit")
-MAIN = re.compile(r"-metrics-\d+$")  # ids of records that are the checkpoint's own, not rows of its sweep
+ID = re.compile("[0-9a-f]{4,64}")  # or the first digits of one
 ERROR = "_error"  # name of a metric's standard error, after the metric's
 
 
@@ -25,15 +28,19 @@ class Line(NamedTuple):
     b_error: float | None
 
 
-def find(name: str, root: Path = HISTORY) -> dict[str, Any]:
-    """The record of that id; or of a checkpoint KEY, or KEY:STAGE, the newest of stage `metrics`."""
+def find(name: str, root: Path | str = HISTORY) -> dict[str, Any]:
+    """The record whose id begins so; or of a checkpoint KEY, or KEY:STAGE, the newest of stage `metrics`."""
     key, _, stage = name.partition(":")
-    found = [row for row in history.query(root, checkpoint=key, stage=stage or STAGE) if MAIN.search(row["id"])]
-    found = found or [row for row in history.query(root) if row["id"] == name]
+    where = ["job=metrics"]
+    found = history.Selection(root, checkpoint=key, stage=stage or STAGE, where=where).records(newest=1)
+    if not found and ID.fullmatch(name):
+        found = history.Selection(root, where=[f"id={name}*"]).records()
+        if len(found) > 1:
+            raise ValueError(f"{name!r}: the ids of {len(found)} records begin so; give more digits")
     if not found:
         raise ValueError(
             f"{name!r} is neither a record's id nor a checkpoint with a record of stage {stage or STAGE}; "
-            "`dod history --format json` lists the ids, `dod run EXPERIMENT` makes records"
+            "`dod history` lists the ids, `dod run EXPERIMENT` makes records"
         )
     return found[-1]
 
@@ -71,4 +78,59 @@ def lines(a: dict[str, Any], b: dict[str, Any]) -> list[Line]:
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What else differs, by name: it may explain the difference, or be its point."""
-    return {name: (a.get(name), b.get(name)) for name in SAID if a.get(name) != b.get(name)}
+    return unequal(*({name: row.get(name) for name in SAID} for row in (a, b)))
+
+
+def changed_fields(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """All that differs but what else is told: when, the numbers, and what they were made from."""
+    told = {"id", "time", "metrics", "sources"}
+    return unequal(*({name: value for name, value in row.items() if name not in told} for row in (a, b)))
+
+
+def changed_sources(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The files that both rest on with other digests, or that only one of them does."""
+    ours, theirs = ({name: of["sha256"] for name, of in row["sources"].items()} for row in (a, b))
+    return unequal(ours, theirs)
+
+
+def changed_settings(a: dict[str, Any], b: dict[str, Any], root: Path | str = HISTORY) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, by dotted name after their stage; digests where the settings were not kept."""
+    found: dict[str, tuple[Any, Any]] = {}
+    folder = catalogue.folder_of(root) / SETTINGS
+    for stage in {**a["sources"], **b["sources"]}:
+        digests = [row["sources"].get(stage, {}).get("config") for row in (a, b)]
+        if None in digests or digests[0] == digests[1]:  # a stage of one of them alone is among the sources that differ
+            continue
+        both = [settings(folder / stage, digest) for digest in digests]
+        if None in both:
+            found[stage] = (f"sha256 {digests[0]}", f"sha256 {digests[1]}")
+        else:
+            found |= {f"{stage}.{name}": values for name, values in unequal(*map(leaves, both)).items()}
+    return found
+
+
+def settings(folder: Path, digest: str) -> dict[str, Any] | None:
+    """Settings of that digest, if they were kept and are whole."""
+    path = folder / f"{digest}.json"
+    try:
+        found: dict[str, Any] = json.loads(ledger.read(path))
+    except FileNotFoundError:
+        return None
+    except artifact.DamagedError as error:
+        ledger.warn(error)
+        return None
+    return found
+
+
+def leaves(values: Any, place: str = "") -> dict[str, Any]:
+    """Dotted name and value of everything that is not a mapping."""
+    if not isinstance(values, dict) or not values:
+        return {place: values}
+    return {
+        name: leaf for key in values for name, leaf in leaves(values[key], f"{place}.{key}" if place else key).items()
+    }
+
+
+def unequal(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two mappings; None for what one of them lacks."""
+    return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}

@@ -6,10 +6,18 @@ checked by `stages.resolve`, so that commands which only list things stay fast.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveInt, StringConstraints, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from dod_models.config import Frozen
 
@@ -47,11 +55,30 @@ class Gate(Frozen):
         return self
 
 
+class Provisional(Frozen):
+    """Scores of saved steps while training runs: of how many samples, and where."""
+
+    num_samples: PositiveInt  # more than the evaluator has features: 2,048 of Inception's
+    every: PositiveInt | None = None  # steps; None: each one that is saved
+    devices: str = ""  # GPUs, as CUDA_VISIBLE_DEVICES has them; "": the CPU, so that training has its GPUs alone
+
+
+class Retrain(Frozen):
+    """`dod retrain`: a training that goes on from the champion's weights, and when Dagster begins one by itself."""
+
+    cron: str | None = Field(None, pattern=r"^\S+( \S+){4}$")  # minute hour day month weekday, UTC; None: no schedule
+    watch: bool = False  # a sensor that begins one when the images have changed
+    watch_every: PositiveInt = 60  # seconds between two looks at them
+    steps: PositiveInt | None = None  # as the experiment's; the next two as well
+    learning_rate: PositiveFloat | None = None
+    warmup_steps: int | None = Field(None, ge=0)
+
+
 class Experiment(Frozen):
     """Settings of training, of sampling (of every stage, then what stage 1 and the later ones change), of scoring.
 
-    `compute` lays training out over the hardware, and `gate` compares what was made. No stage's result depends on
-    either, so DVC isn't told of them.
+    `compute` lays training out over the hardware, `gate` compares what was made, `provisional` looks at it while it is
+    made, `retrain` makes another experiment. No stage's result depends on these, so DVC isn't told of them.
     """
 
     data: Key
@@ -62,6 +89,8 @@ class Experiment(Frozen):
     stage2: Settings
     evaluation: Settings
     gate: Gate = Gate()
+    provisional: Provisional | None = Field(default=None, exclude=True)  # None: no such scores
+    retrain: Retrain = Retrain()
 
     @model_validator(mode="after")
     def check_averages(self) -> Self:
@@ -97,6 +126,31 @@ class Sweep(Checkpoint):
     probe: bool | Settings = False
 
 
+class Storage(Frozen):
+    """When what was computed is pushed to DVC's remote: after each stage, at a run's end, or by hand."""
+
+    push: Literal["each", "end", "never"] = "never"
+    timeout: PositiveFloat = 600  # seconds that one `dvc push` or `dvc pull` may take
+
+
+class Versioning(Frozen):
+    """What git keeps of a run."""
+
+    git_commit: bool = False  # each run ends in a commit of dvc.lock and the small files beside it
+
+
+# Dagster takes an e-mail address, or team:NAME.
+Owner = Annotated[str, StringConstraints(pattern=r"^(team:.+|[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,7})$")]
+
+
+class Deployment(Frozen):
+    """What changes no result, and so is no stage's parameter: how this installation runs things and what it keeps."""
+
+    storage: Storage = Storage()
+    versioning: Versioning = Versioning()
+    owners: tuple[Owner, ...] = ()  # of every asset, as Dagster's pages show them
+
+
 def identifier(key: str) -> str:
     """A key as Dagster allows it in names of groups, jobs and steps."""
     return re.sub(r"\W", "_", key)
@@ -118,6 +172,7 @@ class Params(Frozen):
     experiments: dict[Key, Experiment]
     checkpoints: dict[Key, Checkpoint]
     sweeps: dict[Key, Sweep] = Field(default_factory=dict)
+    deployment: Deployment = Field(default=Deployment(), exclude=True)  # no part of digests and of what pages show
 
     @model_validator(mode="after")
     def check_references(self) -> Self:
@@ -163,8 +218,9 @@ class Params(Frozen):
         return dict(sorted(found.items(), key=lambda item: item[1].step))
 
     def only(self, experiment: str) -> "Params":
-        """The part that concerns one experiment: its data, checkpoints and sweeps, without `compute` and `gate`."""
-        found = self.experiments[experiment].model_copy(update={"compute": {}, "gate": Gate()})
+        """The part that concerns one experiment: its data, checkpoints and sweeps, of what configures stages."""
+        rest = {"compute": {}, "gate": Gate(), "retrain": Retrain()}
+        found = self.experiments[experiment].model_copy(update=rest)
         return Params(
             datasets={found.data: self.datasets[found.data]},
             experiments={experiment: found},

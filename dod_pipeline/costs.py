@@ -5,7 +5,7 @@ Two equal runs differ in nothing but these.
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -20,7 +20,7 @@ COSTS = ledger.HISTORY / "costs"
 class Cost(Frozen):
     """Of the process that finished a stage: a run that was cut off and went on counts from there."""
 
-    id: str
+    kind: Literal["cost"] = "cost"
     time: datetime
     stage: str
     key: str
@@ -38,10 +38,8 @@ def folder(root: Path, stage: str, key: str) -> Path:
 
 def append(job: Job, *, seconds: float, device: str, processes: int, root: Path = COSTS) -> Path:
     """Record what a job that has just ended took."""
-    now = datetime.now(UTC)
     cost = Cost(
-        id=f"{now:%Y%m%dT%H%M%S%fZ}-{job.key}-{job.stage}",
-        time=now,
+        time=datetime.now(UTC),
         stage=job.stage,
         key=job.key,
         seconds=round(seconds, 3),
@@ -50,14 +48,36 @@ def append(job: Job, *, seconds: float, device: str, processes: int, root: Path 
         config=job.config.digest,
         commit=ledger.current_commit(),
     )
-    return ledger.write_once(folder(root, job.stage, job.key), cost.id, cost)
+    return ledger.write_once(folder(root, job.stage, job.key), cost)
+
+
+def known(stage: str, key: str, root: Path = COSTS) -> list[Cost]:
+    """The records of a stage instance, in no order."""
+    place = folder(root, stage, key)
+    return [Cost.parse(row, place=f"{place}") for row in ledger.records_in(place)]
 
 
 def newest(job: Job, root: Path = COSTS) -> Cost | None:
     """The newest record of a job under its present settings; None if there is none."""
-    paths = folder(root, job.stage, job.key).glob("*.json")
-    found = [cost for cost in map(Cost.load, map(str, paths)) if cost.config == job.config.digest]
-    return max(found, key=lambda cost: (cost.time, cost.id), default=None)
+    found = [cost for cost in known(job.stage, job.key, root) if cost.config == job.config.digest]
+    return max(found, key=lambda cost: cost.time, default=None)
+
+
+def after(stage: str, key: str, moment: float, root: Path = COSTS) -> Cost | None:
+    """The newest record of a stage instance, if it ended after a moment in Unix time."""
+    found = [cost for cost in known(stage, key, root) if cost.time.timestamp() > moment]
+    return max(found, key=lambda cost: cost.time, default=None)
+
+
+def training_gflops(params: Params, experiment: str) -> float:
+    """What a training costs in GFLOPs, 2 for a multiply-add: by arithmetic, whatever it runs on."""
+    from dod_models.speed import training_flops  # late, as they import torch
+    from dod_models.state import TrainConfig
+
+    config = stages.resolve(params, "train", experiment).config
+    assert isinstance(config, TrainConfig)
+    images = config.steps * config.batch_size
+    return images * training_flops(config.model, prior_drop=config.prior_drop) / 1e9
 
 
 class Pace(NamedTuple):

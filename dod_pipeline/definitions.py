@@ -1,19 +1,21 @@
 """What Dagster loads: the assets of dvc.yaml, a job for each experiment, the sensor. Nothing is computed on import."""
 
-import base64
-import io
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+from dagster._utils.schedules import get_smallest_cron_interval
 
-from dod_pipeline import checks, dvc_repo, ledger, stages
+from dod_pipeline import candidates, checks, costs, dvc_repo, exhibits, ledger, schedules, stages
 from dod_pipeline.config import Params, identifier, load_params
 from dod_pipeline.dvc_assets import Extras, Pipeline
 from dod_pipeline.dvc_graph import Graph, Instance
+from dod_pipeline.dvc_keep import Keep
 
-PICTURE_WIDTH = 640  # pixels of a picture in Dagster, which keeps it in its event log
+COMMITTED = ("dvc.lock", "metrics", "facts", "curves", "history")  # what git keeps of a run
 
 
 class Line(NamedTuple):
@@ -27,6 +29,7 @@ LINES = {name: Line("pytorch", "gpu") for name in stages.ORDER} | {
     "dataset": Line("python", "dvc_repo"),
     "report": Line("html", "dvc_repo"),
 }
+EVALUATION = (*stages.BY_CHECKPOINT, "report")
 
 
 def group_of(params: Params, stage: str, key: str) -> str:
@@ -37,47 +40,52 @@ def group_of(params: Params, stage: str, key: str) -> str:
 
 
 def extras(params: Params, instance: Instance) -> Extras:
-    """A stage instance's line, checks and pictures."""
+    """A stage instance's line, checks, exhibits and owners."""
     stage, key = instance.stage, instance.key or ""
     line = LINES[stage]
-    check, names = checks.CHECKS.get(stage, (None, ()))
     _, out, _ = stages.paths(params, stage, key)
     return Extras(
         group=identifier(group_of(params, stage, key)),
         kinds=frozenset({stage, line.kind}),  # the page shows a key's last part alone, and the kinds under it
         pool=line.pool,
-        checks=names,
-        check=lambda: [] if check is None else [result(outcome) for outcome in check(out)],
-        metadata=lambda: dict(pictures(stage, key, out)),
+        checks=checks.NAMES.get(stage, ()),
+        check=lambda: [result(outcome) for outcome in checks.outcomes(params, stage, key)],
+        metadata=lambda: exhibits.of(params, stage, key, out),
+        owners=params.deployment.owners,
+        freshness=freshness(params, stage, key),
+        run_tags=partial(cost_tags, params, stage, key),
     )
 
 
 def result(outcome: checks.Outcome) -> dg.AssetCheckResult:
     """A check's outcome as Dagster has it."""
-    return dg.AssetCheckResult(check_name=outcome.name, passed=outcome.passed, description=outcome.grounds)
+    severity = dg.AssetCheckSeverity.ERROR if outcome.blocks else dg.AssetCheckSeverity.WARN
+    return dg.AssetCheckResult(
+        check_name=outcome.name, passed=outcome.passed, description=outcome.grounds, severity=severity
+    )
 
 
-def pictures(stage: str, key: str, out: Path) -> dict[str, Any]:
-    """The samples' grid, or the training's curve, as Markdown with the picture in it."""
-    if stage == "train":
-        from dod_models import artifact
-        from dod_pipeline import canvas, plots
+def cost_tags(params: Params, stage: str, key: str, began: float) -> dict[str, str]:
+    """Tags of the run that trained: seconds of the device, and arithmetic. None where DVC had it, nor of other stages,
+    whose many tags would hide these: `history/costs` has theirs."""
+    spent = costs.after(stage, key, began) if stage == "train" else None
+    if spent is None:
+        return {}
+    return {
+        f"dod/seconds.train.{key}": f"{spent.seconds:g}",
+        f"dod/gflops.train.{key}": f"{costs.training_gflops(params, key):.4g}",
+    }
 
-        curve = canvas.png(plots.loss_curve(artifact.read_json(Path("curves", f"{key}.json"))))
-        return {"loss curve": markdown(curve)}
-    grid = out / "grid.png"
-    return {"grid": markdown(grid.read_bytes())} if grid.is_file() else {}
 
-
-def markdown(png: bytes) -> dg.MarkdownMetadataValue:
-    """A picture in Markdown, made small."""
-    from PIL import Image
-
-    image = Image.open(io.BytesIO(png))
-    image.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
-    small = io.BytesIO()
-    image.save(small, "PNG", optimize=True)
-    return dg.MetadataValue.md(f"![picture](data:image/png;base64,{base64.b64encode(small.getvalue()).decode()})")
+def freshness(params: Params, stage: str, key: str) -> dg.FreshnessPolicy | None:
+    """Of the report that a scheduled retraining makes, the newest retrain's or the experiment's own: overdue once the
+    clock strikes and nothing was made since it struck before."""
+    for experiment, settings in params.experiments.items():
+        known, cron = candidates.numbers(params, experiment), settings.retrain.cron
+        newest = f"{experiment}-r{known[-1]}" if known else experiment
+        if cron is not None and (stage, key) == ("report", newest):
+            return dg.FreshnessPolicy.cron(deadline_cron=cron, lower_bound_delta=get_smallest_cron_interval(cron))
+    return None
 
 
 def run_tags() -> dict[str, str]:
@@ -86,26 +94,53 @@ def run_tags() -> dict[str, str]:
     return {} if commit is None else {"dod/commit": commit}
 
 
-def everything(pipeline: Pipeline, params: Params, experiment: str) -> dg.AssetSelection:
-    """All assets of an experiment."""
-    names = [dvc_repo.address(*pair) for pair in stages.instances(params, experiment, stages.LAST)]
+def keep(params: Params) -> Keep:
+    """What a run's end keeps elsewhere, as params.yaml's `deployment` says."""
+    storage, versioning = params.deployment.storage, params.deployment.versioning
+    return Keep(storage.push, storage.timeout, COMMITTED if versioning.git_commit else ())
+
+
+def selected(pipeline: Pipeline, params: Params, experiment: str, wanted: Sequence[str]) -> dg.AssetSelection:
+    """The assets of an experiment's stages that are wanted."""
+    known = stages.instances(params, experiment, stages.LAST)
+    names = [dvc_repo.address(stage, key) for stage, key in known if stage in wanted]
     return dg.AssetSelection.assets(*(pipeline.keys[name] for name in names))
+
+
+def jobs_of(pipeline: Pipeline, params: Params, experiment: str) -> list[UnresolvedAssetJobDefinition]:
+    """Everything of an experiment; and what is made of its checkpoints alone, where it has any."""
+    named, tags = identifier(experiment), {"dod/experiment": experiment}
+    found = [
+        dg.define_asset_job(
+            named,
+            selection=selected(pipeline, params, experiment, stages.ORDER),
+            description=f"Everything that experiment {experiment} needs, from images to its report.",
+            tags=tags,
+        )
+    ]
+    if params.checkpoints_of(experiment):
+        evaluation = dg.define_asset_job(
+            f"evaluate_{named}",
+            selection=selected(pipeline, params, experiment, EVALUATION),
+            description=f"Samples, scores and report of all checkpoints of {experiment}, of weights that are there.",
+            tags=tags,
+        )
+        found.append(evaluation)
+    return found
 
 
 def define(*, pools: bool = True) -> tuple[Pipeline, dg.Definitions]:
     """The pipeline of the current folder, and its definitions."""
     params = load_params()
-    pipeline = Pipeline(Graph(Path()), partial(extras, params), run_tags=run_tags, pools=pools)
-    jobs = [
-        dg.define_asset_job(
-            identifier(experiment),
-            selection=everything(pipeline, params, experiment),
-            description=f"Everything that experiment {experiment} needs, from images to its report.",
-            tags={"dod/experiment": experiment},
-        )
-        for experiment in params.experiments
-    ]
-    return pipeline, dg.Definitions(assets=pipeline.assets(), jobs=jobs, sensors=[pipeline.sensor()])
+    retraining = schedules.automation(params)  # first: it says of a bad cron where it stands
+    pipeline = Pipeline(Graph(Path()), partial(extras, params), run_tags=run_tags, pools=pools, keep=keep(params))
+    jobs = [job for experiment in params.experiments for job in jobs_of(pipeline, params, experiment)]
+    return pipeline, dg.Definitions(
+        assets=pipeline.assets(),
+        jobs=[*jobs, *pipeline.jobs, *retraining.jobs],
+        schedules=retraining.schedules,
+        sensors=[*pipeline.sensors(), *retraining.sensors],
+    )
 
 
 @dg.definitions

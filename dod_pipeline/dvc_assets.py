@@ -1,40 +1,73 @@
 """A dvc.yaml as Dagster assets: one for each stage instance, in whose body DVC does the work.
 
-    graph = Graph(Path())
-    pipeline = Pipeline(graph, lambda instance: Extras(group=instance.stage))
-    defs = dagster.Definitions(assets=pipeline.assets(), sensors=[pipeline.sensor()])
+Ten lines load any dvc.yaml, which lies at the root of a DVC repository:
 
-What the two say of each other agrees. The body calls `dvc repro --single-item`, so DVC finds nothing to do after a run
-of Dagster; and `report` tells Dagster of what was made without it, from dvc.lock, so that nothing reads stale after a
-`dvc repro`. An asset's code version is a digest of its command, sources and settings; its data version is the md5 in
-dvc.lock. The stage's process gets Dagster Pipes' variables, so it can report while it runs; it need not.
+    from pathlib import Path
+
+    import dagster as dg
+
+    from dod_pipeline.dvc_assets import Pipeline
+    from dod_pipeline.dvc_graph import Graph
+
+    pipeline = Pipeline(Graph(Path(__file__).parent))
+    defs = dg.Definitions(assets=pipeline.assets(), jobs=pipeline.jobs, sensors=pipeline.sensors())
+
+**Names.** The stage `clean` is the asset `clean`; `train@large`, from `foreach` or `matrix`, is `train/large`. Edges
+are those of `dvc dag`. `desc` is the description; `metrics` are numbers in the metadata, which Dagster plots over time;
+`plots` with rows are tables. `Extras` adds groups, kinds, pools, checks and more metadata to an instance.
+
+**What is up to date.** The body calls `dvc repro --single-item`, so DVC finds nothing to do after a run of Dagster. An
+asset's code version is a digest of its command, sources and settings; its data version is the md5 in dvc.lock. The
+sensor asks `dvc status` when dvc.lock, an output or a materialization is another than before, and tells Dagster what
+differs, in both directions: after `dvc repro`, `dvc pull` or `git checkout` with `dvc checkout` nothing reads stale
+that is not; and what was deleted, edited in place, or is `always_changed` reads stale. Afterwards the assets that read
+stale or missing are exactly the instances that `dvc status` lists. As there, what is made from an outdated instance is
+not itself outdated until that one is made anew and differs.
+
+**Edits.** Definitions are those of the moment at which Dagster loaded them. After an edit of dvc.yaml, its settings or
+its sources the sensor waits until "Reload definitions" is pressed.
+
+**Frozen stages.** As `dvc repro` does, the asset of one never runs its command, and nothing upstream makes it stale: it
+has no inputs in Dagster. Materializing it has DVC verify that its outputs are there, and record them.
+
+**Understood.** `foreach` and `matrix`; `vars` (files, `file:key`, mappings; of dvc.yaml and of a stage); ${...} with
+places in lists, a backslash before the dollar, mappings in `cmd`; `wdir`; `params` in YAML, JSON or TOML; `outs` with
+options; `metrics` and `plots` of a stage or beside the stages; folders as dependencies (the .dvcignore at the root
+holds in them); `always_changed`; `meta`. **Not understood**, and refused with a ValueError that names stage, field and
+remedy: settings in Python files, dependencies and outputs that are URLs. Other dvc.yaml files below the root, and .dvc
+files, are no assets: what they make is a source.
+
+**What is kept elsewhere.** With `Keep(push="each")` each stage that was made is pushed to DVC's default remote, with
+`Keep(push="end")` all of a run at its end, in one call and a bounded time; with `Keep(commit=("dvc.lock", ...))` a run
+ends in a commit of those paths. What fails is a warning, undoes nothing, and is repeated the next time.
+
+**Locks.** Any number of runs may share a repository: stages run side by side where DVC's locks allow it, and who finds
+one taken is tried again. The stage's process gets Dagster Pipes' variables: it can report while it runs, and need not.
 """
 
 import hashlib
-import json
-import math
 import multiprocessing
+import os
+import re
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import dagster as dg
-from dagster._core.definitions.data_version import (
-    CODE_VERSION_TAG,
-    DATA_VERSION_TAG,
-    INPUT_DATA_VERSION_TAG_PREFIX,
-    INPUT_EVENT_POINTER_TAG_PREFIX,
-)
 
-from dod_pipeline import dvc_repo, lifeline
-from dod_pipeline.dvc_graph import DVC_LOCK, Graph, Instance, Version
+from dod_pipeline import dvc_keep, dvc_repo, lifeline
+from dod_pipeline.dvc_events import Changed, Events, Made
+from dod_pipeline.dvc_graph import DVC_LOCK, Graph, Instance
+from dod_pipeline.dvc_keep import NOTHING, Keep
+from dod_pipeline.dvc_metadata import metadata_of
 
-RETRIES = 8
-LONGEST_PAUSE = 60.0  # seconds
-CURVE_ROWS = 40  # of a plot's table
+RETRIES = 8  # after a transfer that broke off; who finds a lock waits for as long as its holder takes
+LONGEST_PAUSE, LONGEST_WAIT = 60.0, 10.0  # seconds, after one and the other
 READS, READ_PAUSE = 20, 0.2  # tries to read dvc.lock, and seconds between them
 
 Metadata = Mapping[str, Any]
@@ -47,13 +80,24 @@ class Extras(NamedTuple):
     kinds: frozenset[str] = frozenset()
     pool: str | None = None
     checks: tuple[str, ...] = ()  # names; each blocks what follows
-    check: Callable[[], Sequence[dg.AssetCheckResult]] = tuple  # their verdicts on what the instance made
+    check: Callable[[], Sequence[dg.AssetCheckResult]] = tuple  # their verdicts; one of severity WARN blocks nothing
     metadata: Callable[[], Metadata] = dict  # more than numbers and plots of dvc.yaml, once made
+    owners: tuple[str, ...] = ()
+    freshness: dg.FreshnessPolicy | None = None
+    run_tags: Callable[[float], Mapping[str, str]] = lambda _: {}  # once made; told when that began, in Unix time
 
 
-def asset_key(instance: Instance) -> dg.AssetKey:
-    """metrics@mnist-1500 is the asset metrics/mnist-1500."""
-    return dg.AssetKey([instance.stage] if instance.key is None else [instance.stage, instance.key])
+def asset_keys(instances: Mapping[str, Instance]) -> dict[str, dg.AssetKey]:
+    """metrics@mnist-1500 is the asset metrics/mnist-1500. Characters that Dagster has no use for become `_`."""
+    found: dict[str, dg.AssetKey] = {}
+    taken = set()  # Dagster tells names apart without their punctuation
+    for name, item in instances.items():
+        path = [re.sub("[^A-Za-z0-9_-]", "_", part) for part in (item.stage, item.key) if part is not None]
+        if re.sub(r"\W", "_", "__".join(path)) in taken:
+            path[-1] += f"_{len(found)}"
+        taken.add(re.sub(r"\W", "_", "__".join(path)))
+        found[name] = dg.AssetKey(path)
+    return found
 
 
 class Pipeline:
@@ -62,17 +106,19 @@ class Pipeline:
     def __init__(
         self,
         graph: Graph,
-        extras: Callable[[Instance], Extras],
+        extras: Callable[[Instance], Extras] = lambda _: Extras(),
         *,
         run_tags: Callable[[], Mapping[str, str]] = dict,
         pools: bool = True,
+        keep: Keep = NOTHING,
     ) -> None:
         self.graph = graph
+        self.keep = keep
         self.run_tags = run_tags
         self.pools = pools  # not for a run that has the folder alone: who holds a slot may wait for the folder
         self.code = {name: graph.code(instance) for name, instance in graph.instances.items()}
         self.extras = {name: extras(instance) for name, instance in graph.instances.items()}
-        self.keys = {name: asset_key(instance) for name, instance in graph.instances.items()}
+        self.keys = asset_keys(graph.instances)
 
     def assets(self) -> list[dg.AssetsDefinition]:
         """One unpartitioned asset for each instance."""
@@ -88,8 +134,10 @@ class Pipeline:
             description=instance.desc or None,
             group_name=extras.group,
             kinds={*extras.kinds, "dvc"},
+            owners=extras.owners,
+            freshness_policy=extras.freshness,
             code_version=self.code[instance.name],
-            metadata={"dvc": instance.name, "command": str(instance.cmd)},
+            metadata={"dvc": instance.name, "command": str(instance.cmd), "frozen": instance.frozen},
             check_specs=[dg.AssetCheckSpec(name, asset=key, blocking=True) for name in extras.checks],
             pool=extras.pool if self.pools else None,
         )
@@ -103,23 +151,34 @@ class Pipeline:
         if multiprocessing.parent_process() is not None:
             lifeline.hold()
         context.instance.add_run_tags(context.run.run_id, dict(self.run_tags()))
+        began = time.time()
         with dvc_repo.shared(self.graph.root), pipes(context) as session:
             try:
                 dvc_repo.repro_one(instance.name, root=self.graph.root, env=session.get_bootstrap_env_vars())
             except dvc_repo.TryAgainError as error:
-                pause = min(2.0**context.retry_number, LONGEST_PAUSE)
+                busy = isinstance(error, dvc_repo.BusyError)
+                pause = min(2.0 ** min(context.retry_number, 10), LONGEST_WAIT if busy else LONGEST_PAUSE)
                 context.log.warning(f"{error}\ntrying again in {pause:g} s")
-                raise dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=pause) from error
+                retries = context.retry_number + 1 if busy else RETRIES
+                raise dg.RetryRequested(max_retries=retries, seconds_to_wait=pause) from error
             except OSError as error:
                 raise dg.Failure(description=str(error), allow_retries=False) from None
+            self.warn(context, dvc_keep.after_stage(self.keep, instance.name, known=self.keys, root=self.graph.root))
+            context.instance.add_run_tags(context.run.run_id, dict(self.extras[instance.name].run_tags(began)))
             return dg.MaterializeResult(
                 asset_key=self.keys[instance.name],
-                data_version=dg.DataVersion(self.version(instance.name).data),
+                data_version=dg.DataVersion(self.version(instance.name)),
                 metadata=self.metadata(instance),
                 check_results=self.extras[instance.name].check(),
             )
 
-    def version(self, name: str) -> Version:
+    def warn(self, context: dg.AssetExecutionContext, wrong: Iterable[str]) -> None:
+        """Say what doesn't undo the run, in its log and on the terminal."""
+        for text in wrong:
+            context.log.warning(text)
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def version(self, name: str) -> str:
         """What dvc.lock says of an instance that was just made; another dvc may be in the middle of writing it."""
         for _ in range(READS - 1):
             with suppress(ValueError, KeyError):
@@ -128,75 +187,33 @@ class Pipeline:
         return self.graph.recorded()[name]
 
     def metadata(self, instance: Instance) -> dict[str, Any]:
-        """The numbers and plots of what was made, and what `extras` adds."""
-        found: dict[str, Any] = {}
-        for path in instance.metrics:
-            found |= dict(numbers(read_json(self.graph.root / path)))
-        for path, options in instance.plots:
-            rows = read_json(self.graph.root / path)
-            found[options.get("title", Path(path).stem)] = table(rows, [options["x"], options["y"]])
-        return found | dict(self.extras[instance.name].metadata())
+        """What `extras` adds, for a page shows that first; then the numbers and plots of what was made."""
+        return {**self.extras[instance.name].metadata(), **metadata_of(self.graph, instance)}
 
-    def report(self, instance: dg.DagsterInstance, names: Sequence[str]) -> list[str]:
-        """Tell Dagster of these instances, which DVC holds to be up to date, unless it knows; returns those told of."""
-        recorded, told = self.graph.recorded(), []
-        for name in self.graph.instances:
-            if name in names and name in recorded:
-                tags = self.tags(instance, name, recorded[name])
-                if not self.knows(instance, name, tags):
-                    self.tell(instance, name, tags)
-                    told.append(name)
-        return told
+    def events(self, instance: dg.DagsterInstance) -> Events:
+        """What Dagster knows of the assets."""
+        return Events(instance, self.graph, self.code, self.keys)
 
-    def tags(self, instance: dg.DagsterInstance, name: str, version: Version) -> dict[str, str]:
-        """A materialization's versions: its own, and those of its inputs that Dagster knows last."""
-        found = {CODE_VERSION_TAG: version.code, DATA_VERSION_TAG: version.data}
-        for before in sorted(self.graph.upstream[name]):
-            key = self.keys[before].to_user_string()
-            event = latest(instance, self.keys[before])
-            if event is not None and event.asset_materialization is not None:
-                made = (event.asset_materialization.tags or {}).get(DATA_VERSION_TAG)
-                if made is not None:  # a materialization that somebody reported by hand has none
-                    found[f"{INPUT_DATA_VERSION_TAG_PREFIX}/{key}"] = made
-                    found[f"{INPUT_EVENT_POINTER_TAG_PREFIX}/{key}"] = str(event.storage_id)
-        return found
+    def report(self, events: Events, changed: Changed, names: Collection[str] | None = None) -> list[str]:
+        """Tell Dagster what `dvc status` says, of these instances or of all, unless it knows; returns those told of."""
+        made = {
+            name: Made(partial(self.metadata, instance), self.extras[name].check)
+            for name, instance in self.graph.instances.items()
+        }
+        return events.report(changed, made if names is None else names, made)
 
-    def knows(self, instance: dg.DagsterInstance, name: str, tags: Mapping[str, str]) -> bool:
-        """Whether Dagster's last materialization has these versions."""
-        event = latest(instance, self.keys[name])
-        if event is None or event.asset_materialization is None:
-            return False
-        found = event.asset_materialization.tags or {}
-        return all(
-            found.get(tag) == value
-            for tag, value in tags.items()
-            if not tag.startswith(f"{INPUT_EVENT_POINTER_TAG_PREFIX}/")
-        )
+    @cached_property
+    def jobs(self) -> list[dg.JobDefinition]:
+        """The one that keeps what was made, where that is wanted."""
+        wanted = self.keep.commit or self.keep.push != "never"
+        return [dvc_keep.job(self.keep, known=self.keys, root=self.graph.root)] if wanted else []
 
-    def tell(self, instance: dg.DagsterInstance, name: str, tags: Mapping[str, str]) -> None:
-        """Add a materialization, and the verdicts of its checks."""
-        key = self.keys[name]
-        metadata = self.metadata(self.graph.instances[name])
-        instance.report_runless_asset_event(dg.AssetMaterialization(key, metadata=metadata, tags=tags))
-        for check in self.extras[name].check():
-            assert check.check_name is not None
-            evaluation = dg.AssetCheckEvaluation(
-                asset_key=key,
-                check_name=check.check_name,
-                passed=check.passed,
-                description=check.description,
-                metadata=check.metadata,
-                blocking=True,
-            )
-            instance.report_runless_asset_event(evaluation)
-
-    def up_to_date(self) -> list[str]:
-        """The instances of which DVC says that nothing changed; asks DVC, which takes seconds."""
-        changed = dvc_repo.status([], root=self.graph.root)
-        return [name for name in self.graph.instances if name not in changed]
+    def sensors(self) -> list[dg.SensorDefinition]:
+        """The one that reads dvc.lock, and those that start the job."""
+        return [self.sensor(), *(sensor for job in self.jobs for sensor in dvc_keep.sensors(job))]
 
     def sensor(self, *, seconds: int = 30) -> dg.SensorDefinition:
-        """A sensor that calls `report` when dvc.lock or an output has changed since it last did."""
+        """A sensor that calls `report` when dvc.lock, an output or Dagster's events have changed since it last did."""
 
         @dg.sensor(
             name="dvc_lock",
@@ -209,26 +226,43 @@ class Pipeline:
             now = Graph(self.graph.root)
             if self.code != {name: now.code(instance) for name, instance in now.instances.items()}:
                 return dg.SkipReason("dvc.yaml, its settings or its sources have changed: press Reload definitions")
-            cursor = self.fingerprint()
-            if cursor == context.cursor:
+            files, events = self.fingerprint(), self.events(context.instance)
+            if f"{files} {events.newest}" == context.cursor:
                 return dg.SkipReason("dvc.lock and the outputs are as they were")
             try:
                 with dvc_repo.alone(self.graph.root, wait=False):
-                    told = self.report(context.instance, self.up_to_date())
+                    told = self.report(events, dvc_repo.status([], root=self.graph.root))
             except (BlockingIOError, dvc_repo.TryAgainError):
                 return dg.SkipReason("stages are running; what they make will be looked at afterwards")
-            context.update_cursor(cursor)
+            context.update_cursor(f"{files} {events.newest}")
             return dg.SkipReason(f"told Dagster of {', '.join(told) or 'nothing new'}")
 
         return body
 
     def fingerprint(self) -> str:
-        """Changes with dvc.lock, with the definitions, and when an output comes, goes or is replaced."""
+        """Changes with dvc.lock, with the definitions, and when a file of an output comes, goes or is replaced."""
         lock = self.graph.root / DVC_LOCK
         paths = [self.graph.root / path for instance in self.graph.instances.values() for path in instance.made]
-        changed = [str(path.stat().st_mtime_ns) if path.exists() else "none" for path in paths]
-        parts = [lock.read_text() if lock.exists() else "", *self.code.values(), *changed]
+        parts = [lock.read_text() if lock.exists() else "", *self.code.values(), *map(touched, paths)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def touched(path: Path) -> str:
+    """When a file, or the last in a folder, was changed, and how many there are."""
+    try:
+        times = [entry.stat(follow_symlinks=False).st_mtime_ns for entry in entries(path)] if path.is_dir() else []
+        return f"{path.stat().st_mtime_ns} {max(times, default=0)} {len(times)}"
+    except FileNotFoundError:  # or it went while this looked
+        return "none"
+
+
+def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """All that lies in a folder, however deep."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            yield entry
+            if entry.is_dir(follow_symlinks=False):
+                yield from entries(Path(entry))
 
 
 @contextmanager
@@ -241,31 +275,3 @@ def pipes(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSession]:
             warnings.simplefilter("ignore", own)
         with dg.open_pipes_session(context=context, context_injector=injector, message_reader=reader) as session:
             yield session
-
-
-def latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> dg.EventLogRecord | None:
-    """The newest materialization of an asset."""
-    found = instance.fetch_materializations(key, limit=1).records
-    return found[0] if found else None
-
-
-def numbers(value: Any, *place: str) -> Iterator[tuple[str, float | int]]:
-    """The numbers in nested mappings, by dotted name: what Dagster plots over time."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from numbers(inner, *place, name)
-    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        yield ".".join(place), value
-
-
-def table(rows: list[dict[str, Any]], columns: list[str]) -> dg.TableMetadataValue:
-    """Rows at even distances, the last one among them, as a table."""
-    every = max(1, math.ceil(len(rows) / CURVE_ROWS))
-    kept = rows[::-1][::every][::-1]
-    records = [dg.TableRecord({column: row[column] for column in columns}) for row in kept]
-    return dg.MetadataValue.table(records)
-
-
-def read_json(path: Path) -> Any:
-    """JSON of a metrics or plots file."""
-    return json.loads(path.read_text())

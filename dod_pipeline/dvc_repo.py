@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain, repeat
 from pathlib import Path
 from typing import IO, Any, TextIO
+from urllib.parse import quote, unquote
 
 from dod_pipeline.dvc_graph import DVC_LOCK, check_conflict
 from dod_pipeline.dvc_wreck import is_committed, is_cut_off, is_dead
@@ -55,8 +56,8 @@ def call(*arguments: str) -> int:
     return subprocess.run([executable(), *arguments], env=environment()).returncode
 
 
-def read(*arguments: str, root: Path = Path(), patient: bool = False) -> Any:
-    """Run dvc and parse the JSON that it prints; OSError with its message if it fails, TryAgainError where that passes.
+def text(*arguments: str, root: Path = Path(), patient: bool = False) -> str:
+    """Run dvc; what it prints. OSError with its message if it fails, BusyError where that passes.
 
     Where another dvc has locked the folder: wait for it, a few seconds or, if patient, as long as it takes.
     """
@@ -69,11 +70,11 @@ def read(*arguments: str, root: Path = Path(), patient: bool = False) -> Any:
             print(f"another dvc is at work in {root.absolute()}; waiting for it", flush=True)
         time.sleep(pause)
     if done.returncode != 0:
-        kind = TryAgainError if BUSY.search(done.stderr) else OSError
+        kind = BusyError if BUSY.search(done.stderr) else OSError
         raise kind(
             f"dvc {' '.join(arguments)} failed ({done.returncode}): {done.stderr.strip() or done.stdout.strip()}"
         )
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 def address(stage: str, key: str) -> str:
@@ -84,12 +85,16 @@ def address(stage: str, key: str) -> str:
 def status(targets: list[str], *, root: Path = Path(), patient: bool = False) -> dict[str, Any]:
     """What changed, by stage instance; empty where there is nothing to do. ValueError where git left a conflict."""
     check_conflict(root / DVC_LOCK)
-    changed: dict[str, Any] = read("status", "--json", *targets, root=root, patient=patient)
+    changed: dict[str, Any] = json.loads(text("status", "--json", *targets, root=root, patient=patient))
     return changed
 
 
 class TryAgainError(OSError):
-    """DVC failed for a reason that passes: another one holds its lock, or a transfer broke off."""
+    """DVC failed for a reason that passes: a transfer broke off."""
+
+
+class BusyError(TryAgainError):
+    """Another DVC holds a lock, for as long as its stage takes."""
 
 
 _alone: set[Path] = set()  # folders of which this process holds the lock alone
@@ -103,7 +108,7 @@ def alone(root: Path = Path(), *, wait: bool = True) -> Iterator[None]:
     """
     with lock_file(root).open("a") as file:
         if wait:
-            take(file, fcntl.LOCK_EX, root)
+            take(file, fcntl.LOCK_EX, f"running stages in {root.absolute()}")
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mend(root)
@@ -124,7 +129,7 @@ def shared(root: Path = Path()) -> Iterator[None]:
         with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mend(root)  # nobody else is here
-        take(file, fcntl.LOCK_SH, root)
+        take(file, fcntl.LOCK_SH, f"running stages in {root.absolute()}")
         yield
 
 
@@ -135,12 +140,12 @@ def lock_file(root: Path) -> Path:
     return path
 
 
-def take(file: IO[str], kind: int, root: Path) -> None:
-    """Take a lock; say so before waiting for it."""
+def take(file: IO[str], kind: int, what: str) -> None:
+    """Take a lock; say so before waiting for it: another `dod` is doing `what`."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"another dod is running stages in {root.absolute()}; waiting for it", flush=True)
+        print(f"another dod is {what}; waiting for it", flush=True)
         fcntl.flock(file, kind)
 
 
@@ -151,7 +156,10 @@ def mend(root: Path) -> None:
         table.unlink()
     for copy in sorted((root / COPIES).glob("*.yaml")):
         if is_cut_off(lock, copy) and not is_committed(lock):
-            print(f"{lock}: dvc was killed while it wrote this; put back as it was before {copy.stem}", flush=True)
+            print(
+                f"{lock}: dvc was killed while it wrote this; put back as it was before {unquote(copy.stem)}",
+                flush=True,
+            )
             os.replace(copy, lock)
         else:
             copy.unlink()
@@ -159,8 +167,7 @@ def mend(root: Path) -> None:
 
 def copy_lock(root: Path, target: str) -> Path:
     """Keep a copy of dvc.lock while dvc runs, which writes it in place: `mend` puts it back if dvc is killed then."""
-    lock, copy = root / DVC_LOCK, root / COPIES / f"{target}.yaml"
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    lock, copy = root / DVC_LOCK, root / COPIES / f"{quote(target, safe='@')}.yaml"
     if lock.exists():
         partial = copy.with_suffix(".partial")
         shutil.copyfile(lock, partial)
@@ -172,8 +179,16 @@ def repro_one(target: str, *, root: Path, env: Mapping[str, str] | None = None) 
     """`dvc repro --single-item`: its output goes to this process's, and nothing of it outlives this call.
 
     TryAgainError for what passes, OSError with the last lines of dvc and the stage for the rest. An interrupt is handed
-    on, and waited for.
+    on, and waited for. Who makes the same at the same time is waited for.
     """
+    (root / COPIES).mkdir(parents=True, exist_ok=True)
+    with (root / COPIES / f"{quote(target, safe='@')}.lock").open("a") as file:
+        take(file, fcntl.LOCK_EX, f"making {target} in {root.absolute()}")
+        repro_locked(target, root=root, env=env)
+
+
+def repro_locked(target: str, *, root: Path, env: Mapping[str, str] | None) -> None:
+    """`repro_one` for the one who has the target."""
     command = held([executable(), "--wait-for-lock", "repro", "--single-item", target])
     variables = environment() | {CALLER: str(os.getpid())} | dict(env or {})
     copy = copy_lock(root, target)
@@ -207,14 +222,16 @@ def repro_one(target: str, *, root: Path, env: Mapping[str, str] | None = None) 
         text = last_lines(b"".join(said))
         if NO_ROOM in text:
             text += f"\n(dvc says so on a full disk, too: {shutil.disk_usage(root).free:,} bytes are free)"
-        kind = TryAgainError if passes(text) else OSError
         how = f"dvc was killed by signal {-code}" if code < 0 else f"dvc: {code}"
-        raise kind(f"{target} failed ({how}): {text}")
+        raise kind_of(text)(f"{target} failed ({how}): {text}")
 
 
-def passes(text: str) -> bool:
-    """Whether a failure of which dvc says this may be gone the next time."""
-    return PASSING.search(text) is not None and "No space left" not in text
+def kind_of(text: str) -> type[OSError]:
+    """The error for what dvc says: whether a failure may be gone the next time, and when."""
+    found = PASSING.search(text)
+    if found is None or "No space left" in text:
+        return OSError
+    return BusyError if BUSY.search(found[0]) else TryAgainError
 
 
 def forward_lines(source: IO[bytes]) -> None:

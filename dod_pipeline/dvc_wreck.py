@@ -7,10 +7,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import psutil
 
-from dod_pipeline.dvc_graph import check_conflict, read_yaml
+from dod_pipeline.dvc_graph import check_conflict
+from dod_pipeline.dvc_template import read_yaml
 
 PAUSE = 0.2  # seconds in which a dvc that runs has written its table
 
@@ -61,8 +63,9 @@ def is_cut_off(lock: Path, copy: Path) -> bool:
         now = stages_in(lock)
     except ValueError:
         return True
-    then.pop(copy.stem, None)
-    whole = copy.stem not in now or is_whole(now.pop(copy.stem))
+    name = unquote(copy.stem)
+    then.pop(name, None)
+    whole = name not in now or is_whole(now.pop(name))
     return is_part(now, then) and (now != then or not whole)
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,27 +74,33 @@ def fetch(url: str, wanted: Callable[[str], bool], *, again: bool) -> Path:
     A copy that was complete once is compared only if asked `again`. ConnectionError says what S3 said; OSError where
     the disk is too small. Returns the copy's folder.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     target = place_of_copy(url)
     with artifact.locked(target):
         had, complete = read_journal(target / JOURNAL)
         if complete and not again:
             return target
-        try:
-            bucket = Bucket(url)
+        with reading(url) as bucket:
             listed = {o.name: o for o in bucket.objects() if wanted(o.name)}
             if not listed:
                 raise FileNotFoundError(f"{url}: nothing there that a stage can use; correct it in params.yaml")
             for name in filter(wanted, had.keys() - listed.keys()):  # it was removed there
                 (target / name).unlink(missing_ok=True)
             copy(bucket, [o for o in listed.values() if not is_here(target, o, had)], target, total=len(listed))
-        except (BotoCoreError, ClientError) as error:
-            raise ConnectionError(
-                f"{url}: {error}; look at the credentials, the region and AWS_ENDPOINT_URL_S3: `aws s3 ls` finds them "
-                "in the same places. What was fetched is kept"
-            ) from None
     return target
+
+
+@contextmanager
+def reading(url: str) -> Iterator["Bucket"]:
+    """What lies under s3://BUCKET/PREFIX; what goes wrong is a ConnectionError with S3's words, and where to look."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield Bucket(url)
+    except (BotoCoreError, ClientError) as error:
+        raise ConnectionError(
+            f"{url}: {error}; look at the credentials, the region and AWS_ENDPOINT_URL_S3: `aws s3 ls` finds them "
+            "in the same places. What was fetched is kept"
+        ) from None
 
 
 def is_here(target: Path, wanted: Object, had: dict[str, Object]) -> bool:

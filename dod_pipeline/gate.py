@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, Po
 
 from dod_models import artifact
 from dod_models.config import Frozen
-from dod_pipeline import paired, trials
+from dod_pipeline import history, ledger, paired, trials
 from dod_pipeline.config import Params
-from dod_pipeline.history import FOLDERS, Named, sampler_name
 from dod_pipeline.ledger import HISTORY, current_commit, write_once
+from dod_pipeline.records import FOLDERS, Named, sampler_name
 from dod_pipeline.trials import Subject
 
 STATUS = {"PASS": 0, "FAIL": 2, "INCONCLUSIVE": 3}  # exit status of `dod gate`; 1 is an error
@@ -36,7 +36,6 @@ class Measured(BaseModel):
 class Comparison(Frozen):
     """What a verdict and a calibration have in common: how their blocks were sampled and measured."""
 
-    id: str
     time: datetime
     experiment: str  # of the candidate; the first one's of a calibration
     checkpoint: str
@@ -84,12 +83,11 @@ def fid_of(one: Subject, seeds: dict[str, int]) -> Callable[[int], float]:
     return lambda block: trials.scores(one, block, seeds=seeds)[f"stage{trials.STAGE}"]["fid"]
 
 
-def common(kind: str, first: Subject, *, seeds: list[int], tolerance: float) -> dict[str, object]:
+def common(first: Subject, *, seeds: list[int], tolerance: float) -> dict[str, object]:
     """The fields of any comparison, whose blocks have these seeds."""
-    now, sampling = datetime.now(UTC), first.sampling[f"stage{trials.STAGE}"]
+    sampling = first.sampling[f"stage{trials.STAGE}"]
     return {
-        "id": f"{now:%Y%m%dT%H%M%S%fZ}-{first.key}-{kind}",
-        "time": now,
+        "time": datetime.now(UTC),
         "experiment": first.experiment,
         "checkpoint": first.key,
         "step": first.step,
@@ -115,14 +113,13 @@ def measured(one: Subject, fids: list[float]) -> Measured:
 
 def append(record: Verdict | Calibration, root: Path = HISTORY) -> Path:
     """Write a record; FileExistsError rather than change one that is there."""
-    return write_once(root / FOLDERS[record.kind] / record.experiment, record.id, record)
+    return write_once(root / FOLDERS[record.kind] / record.experiment, record)
 
 
 def newest_calibration(incumbent: Subject, root: Path = HISTORY) -> Calibration | None:
     """The newest calibration with retrains of the incumbent's configuration, or None."""
-    paths = (root / FOLDERS["calibration"]).glob("*/*.json")
-    found = [one for one in map(Calibration.load, map(str, paths)) if one.configuration == incumbent.configuration]
-    return max(found, key=lambda one: (one.time, one.id), default=None)
+    rows = [row for row in history.query(root, kind="calibration") if row["configuration"] == incumbent.configuration]
+    return ledger.typed(Calibration, rows[-1]) if rows else None
 
 
 def calibrated_for(params: Params, incumbent: Subject) -> tuple[float, str, str | None]:
@@ -133,7 +130,7 @@ def calibrated_for(params: Params, incumbent: Subject) -> tuple[float, str, str 
     found = newest_calibration(incumbent)
     if found is None:
         return 0.0, f"no calibration of this configuration, nor {place}", None
-    return found.tolerance, f"calibration over {len(found.retrains)} retrains", found.id
+    return found.tolerance, f"calibration over {len(found.retrains)} retrains", found.digest
 
 
 def gate(params: Params, candidate: str, incumbent: str) -> Verdict:
@@ -158,7 +155,7 @@ def gate(params: Params, candidate: str, incumbent: str) -> Verdict:
         source = f"{paired.SHARE:.0%} of the incumbent's FID, which is more than {calibrated:.3f}: {source}"
     block_seeds = trials.block_seeds(seeds, len(look.candidate))
     return Verdict.model_validate(
-        common("gate", ours, seeds=block_seeds, tolerance=look.tolerance)
+        common(ours, seeds=block_seeds, tolerance=look.tolerance)
         | {
             "verdict": look.ruling,
             "candidate": measured(ours, look.candidate),
@@ -197,7 +194,7 @@ def calibrate(params: Params, keys: list[str]) -> Calibration:
     tolerance, spread = paired.calibrated_tolerance([fmean(found) for found in fids.values()])
     block_seeds = trials.block_seeds(seeds, num_blocks)
     return Calibration.model_validate(
-        common("calibrate", first, seeds=block_seeds, tolerance=tolerance)
+        common(first, seeds=block_seeds, tolerance=tolerance)
         | {
             "retrains": tuple(measured(one, fids[one.key]) for one in retrains),
             "spread": spread,

@@ -1,240 +1,229 @@
-"""Append-only history: one immutable JSON record per evaluation, read with DuckDB.
+"""Questions to the append-only history; each one brings the index of the records up to date and then asks DuckDB."""
 
-Scores lie in `history/EXPERIMENT/`; verdicts and calibrations of the gate, which are no scores, in folders of their
-own (`FOLDERS`), and `history/costs/` holds what stages took.
-"""
-
+import csv
+import io
 import json
-from datetime import UTC, datetime
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
+import duckdb
 
-from dod_models import artifact
-from dod_models.config import Frozen
-from dod_pipeline import costs
-from dod_pipeline.config import Params
-from dod_pipeline.ledger import HISTORY, current_commit, write_once
-from dod_pipeline.stages import Job
+from dod_pipeline import catalogue, ledger
+from dod_pipeline.ledger import HISTORY
 
-FOLDERS = {"score": ".", "verdict": "verdicts", "calibration": "calibrations"}  # below the history, by kind of record
-
-
-class Named(BaseModel):
-    """A name, and the sha256 of what it names (not a `Frozen`, whose own `digest` the field would shadow)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    digest: str
+Rows = list[dict[str, Any]]
+HIGHER = {"inception_score", "precision", "recall", "psnr", "ssim", "top1"}  # the better; of other metrics lower is
+CONDITION = re.compile(r"(\w+)\s*(=|!=|<=|>=|<|>)\s*(.*)", re.DOTALL)
+NOTHING = "none"  # in a condition: the record says nothing of that
 
 
-class Record(Frozen):
-    """The scores of one set of images, and everything they depend on. None: does not apply, or was not recorded."""
+class Selection:
+    """The records of a kind that match filters, as what stands behind WHERE.
 
-    kind: Literal["score"] = "score"
-    id: str
-    time: datetime
-    experiment: str
-    checkpoint: str
-    step: PositiveInt
-    stage: PositiveInt | Literal["floor", "codec", "reconstruction", "probe"]
-    metrics: dict[str, float]
-    num_samples: PositiveInt  # of a probe: the images that it is tested on
-    num_train: PositiveInt | None = None  # images that a probe is fitted on
-    seed: NonNegativeInt | None  # of sampling
-    train_seed: NonNegativeInt | None = None
-    guidance: NonNegativeFloat | None
-    sampler: str | None
-    num_steps: PositiveInt | None = None  # of Euler; dopri5 chooses its own
-    evaluations: float | None  # of the network, per sample, earlier stages included; so are the next five
-    gflops_paper: float | None = None  # per sample
-    gflops_true: float | None = None
-    seconds: NonNegativeFloat | None = None  # that the sampling stages took, loading and pictures too
-    images_per_second: NonNegativeFloat | None = None
-    device: str | None = None  # on which they took so long
-    extractor: Named | None  # None for a probe, which has none
-    reference: str  # sha256 of the reference's manifest; of the data set's, where originals are what is compared with
-    config: str  # sha256 of the stage's config
-    previous: str | None = None  # the same of the stage before, from whose samples this one starts
-    weights: str | None  # sha256 of the averaged weights; of the codec's manifest for its floor
-    codec: str | None = None  # sha256 of the codec's manifest
-    data: str  # sha256 of the data set's manifest
-    commit: str | None  # of the code; "-dirty" where files were changed
+    Values are parameters, and names are those of columns: nothing of a user's is pasted into SQL.
+    """
 
+    def __init__(
+        self,
+        root: Path | str = HISTORY,
+        *,
+        kind: str = "score",
+        experiment: str | None = None,
+        checkpoint: str | None = None,
+        stage: str | None = None,
+        metric: str | None = None,
+        where: Iterable[str] = (),
+        provisional: bool = False,
+    ) -> None:
+        if kind != "score" and metric is not None:
+            raise ValueError(f"--metric {metric!r}: a {kind} has no metrics; leave it out, or --kind")
+        self.folder = catalogue.folder_of(root)
+        self.connection = catalogue.opened(self.folder, provisional=provisional)
+        self.types = {str(row[0]): str(row[1]) for row in self.connection.execute("DESCRIBE items").fetchall()}
+        self.parts, self.values, self.filtered = ["kind = ?"], [kind], set[str]()
+        for name, value in {"experiment": experiment, "checkpoint": checkpoint, "stage": stage}.items():
+            if value is not None:
+                self.keep(name, f"{name} = ?", value)
+        for condition in where:
+            self.add(condition)
+        self.metric = metric
+        if metric is not None and self.metrics:
+            if metric not in self.metrics:
+                raise ValueError(f"--metric {metric!r}: no record has it; they have {', '.join(self.metrics)}")
+            self.parts.append(f'"{metric}" IS NOT NULL')
 
-FIELDS = {"num_samples", "evaluations", "gflops_paper", "gflops_true", "num_train"}  # of a row: not metrics
-ABOUT = {"kind", "guidance", "num_test"}  # of a row: said by the record's other fields
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of all records."""
+        return [name for name in self.types if name not in catalogue.INDEXED]
 
+    def keep(self, name: str, part: str, *values: str) -> None:
+        """Only records for which this holds of a column."""
+        self.parts.append(part)
+        self.values.extend(values)
+        self.filtered.add(name)
 
-def sampler_name(sampling: dict[str, Any]) -> str:
-    """Short text for a stage's solver, e.g. `euler-10` or `dopri5`; where guidance is on, its options too."""
-    name = f"{sampling['solver']}-{sampling['num_steps']}" if sampling["solver"] == "euler" else str(sampling["solver"])
-    if sampling["solver"] == "dopri5" and (sampling["rtol"], sampling["atol"]) != (1e-3, 1e-6):
-        name += f" rtol={sampling['rtol']:g} atol={sampling['atol']:g}"
-    if sampling["guidance"] == 1:
-        return name
-    name += f" null={sampling['null_branch']} channels={sampling['channels']}"
-    low, high = sampling["guidance_interval"]
-    return name if (low, high) == (0, 1) else f"{name} t={low:g}-{high:g}"
+    def add(self, condition: str) -> None:
+        """A condition such as `num_samples=50000`, `fid<2`, `extractor=inception*` or `guidance!=none`."""
+        found = CONDITION.fullmatch(condition)
+        if found is None:
+            raise ValueError(f"--where {condition!r}: not of the form NAME=VALUE (or with !=, <, <=, > or >=)")
+        name, operator, value = found.groups()
+        known = [column for column in self.types if column != "path"]
+        if name not in known:
+            raise ValueError(f"--where {condition!r}: records have no {name!r}; they have {', '.join(known)}")
+        if value == NOTHING and operator in ("=", "!="):
+            return self.keep(name, f'"{name}" IS {"NOT " if operator == "!=" else ""}NULL')
+        try:
+            self.connection.execute(f"SELECT CAST(? AS {self.types[name]})", [value]).fetchall()
+        except duckdb.ConversionException:
+            raise ValueError(f"--where {condition!r}: {value!r} is no {self.types[name].lower()}") from None
+        if operator in ("=", "!=") and "*" in value and self.types[name] == "VARCHAR":
+            return self.keep(name, f'{"NOT " if operator == "!=" else ""}"{name}" GLOB ?', value)
+        self.keep(name, f'"{name}" {operator} CAST(? AS {self.types[name]})', value)
 
+    def fetch(self, columns: str, rest: str = "") -> list[Any]:
+        """Columns of what matches; all that is given here is ours."""
+        sql = f"SELECT {columns} FROM items WHERE {' AND '.join(self.parts)} {rest}"
+        return self.connection.execute(sql, self.values).fetchall()
 
-class Sampled(NamedTuple):
-    """How the samples of a row came about."""
+    def listed(self, columns: str, newest: int = 0) -> list[Any]:
+        """Columns of what matches, oldest first; only the newest so many, unless that is 0."""
+        if newest == 0:
+            return self.fetch(columns, "ORDER BY time, row, id")
+        return self.fetch(columns, f"ORDER BY time DESC, row DESC, id DESC LIMIT {newest:d}")[::-1]
 
-    stage: int
-    sampling: dict[str, Any]
-    config: str
-    previous: str | None  # config of the stage before
+    def texts(self, *, newest: int = 0) -> list[str]:
+        """What matches as JSON, each with its id."""
+        return self.read(self.listed("path", newest))
 
+    def read(self, found: Iterable[tuple[str]]) -> list[str]:
+        """The records in these files as JSON, each with its id, the file's name; they are checked once more."""
+        paths = [self.folder / path for (path,) in found]
+        return [f'{{"id": "{path.stem}", {ledger.read(path)[1:]}' for path in paths]
 
-def samplings(job: Job) -> dict[str, Sampled]:
-    """Those rows of a finished job that are samples of a checkpoint."""
-    from dod_models.sweeps import SweepConfig
+    def records(self, *, newest: int = 0) -> Rows:
+        """What matches as dictionaries; where a metric was asked for, with only that number and its error."""
+        return self.narrowed(self.texts(newest=newest))
 
-    if isinstance(job.config, SweepConfig):
-        before = {1: None, 2: job.config.stage1.digest}  # later ones start from stage 2
-        return {
-            name: Sampled(stage, c.model_dump(mode="json"), c.digest, before.get(stage, job.config.stage2.digest))
-            for name, (stage, c) in job.config.variants().items()
-        }
-    found: dict[str, Sampled] = {}
-    previous = None
-    for name in ("stage1", "stage2"):
-        manifest = artifact.read_json(job.inputs[name] / artifact.MANIFEST)
-        about = manifest["about"]
-        found[name] = Sampled(about["stage"], about["sampling"], manifest["config"], previous)
-        previous = manifest["config"]
-    return found
+    def narrowed(self, texts: Iterable[str]) -> Rows:
+        """Records without the metrics that were not asked for."""
+        found: Rows = [json.loads(text) for text in texts]
+        if self.metric is None:
+            return found
+        kept = (self.metric, f"{self.metric}_error")
+        return [row | {"metrics": {n: row["metrics"][n] for n in kept if n in row["metrics"]}} for row in found]
 
-
-def spent(params: Params, job: Job, name: str) -> dict[str, Any]:
-    """The fields that say what a row's sampling took; nothing for a sweep, whose rows are not timed one by one."""
-    if job.stage != "metrics" or name not in ("stage1", "stage2"):
-        return {}
-    pace = costs.pace(params, job.key, stage=int(name[-1]))
-    return {} if pace is None else pace._asdict()
-
-
-class Measured(NamedTuple):
-    """What a job's rows were measured with: the extractor, and the sha256 of the others' manifests."""
-
-    extractor: dict[str, str]
-    reference: str
-    codec: str
-    data: str
-
-    @classmethod
-    def of(cls, job: Job) -> "Measured":
-        """Read what the job's inputs state."""
-        reference, codec = (job.inputs[name] / artifact.MANIFEST for name in ("reference", "codec"))
-        about = artifact.read_json(reference)["about"]
-        digests = {"reference": artifact.sha256_file(reference), "codec": artifact.sha256_file(codec)}
-        return cls(extractor=about["extractor"], data=about["dataset"], **digests)
-
-    def fields(self, kind: str) -> dict[str, Any]:
-        """Those of a row's record; reconstructions and probes are compared with the images themselves."""
-        found: dict[str, Any] = self._asdict()
-        if kind == "floor":
-            found["codec"] = None
-        if kind == "probe":
-            found["extractor"] = None
-        if kind in ("reconstruction", "probe"):
-            found["reference"] = self.data
-        return found
+    def count(self) -> int:
+        """How many match."""
+        return int(self.fetch("count(*)")[0][0])
 
 
-def records(params: Params, job: Job) -> list[Record]:
-    """The records of a finished stage `metrics` (both stages and both floors) or `sweeps` (its rows)."""
-    from dod_models.checkpoint import weights_file
+class Table(NamedTuple):
+    """What SQL answers."""
 
-    item = params.checkpoints[job.key]
-    now, commit = datetime.now(UTC), current_commit()
-    checkpoint = artifact.read_json(Path("train", item.experiment, f"step-{item.step}", artifact.MANIFEST))
-    known, measured, found = samplings(job), Measured.of(job), []
-    for number, (name, row) in enumerate(artifact.read_json(job.out).items()):
-        kind = row.get("kind", name)
-        sampled = known.get(name)
-        values = {
-            "id": f"{now:%Y%m%dT%H%M%S%fZ}-{job.key}-{job.stage}-{number}",
-            "time": now,
-            "experiment": item.experiment,
-            "checkpoint": job.key,
-            "step": item.step,
-            "stage": sampled.stage if sampled and kind.startswith("stage") else kind,
-            "metrics": {key: value for key, value in row.items() if key not in FIELDS | ABOUT},
-            "num_samples": row.get("num_samples", row.get("num_test")),
-            **{name: row.get(name) for name in FIELDS - {"num_samples"}},
-            "train_seed": None if kind in ("floor", "codec") else checkpoint["about"]["seed"],
-            **origin(sampled, job, kind),
-            **measured.fields(kind),
-            **spent(params, job, name),
-            "commit": commit,
-        }
-        if kind == "codec":
-            values["weights"] = values["codec"]
-        elif kind != "floor":
-            settings = sampled.sampling if sampled else job.config.model_dump()["stage2"]  # as a probe takes them
-            values["weights"] = checkpoint["files"][weights_file(settings["ema_decay"])]["sha256"]
-        found.append(Record.model_validate(values))
-    return found
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
 
-
-def origin(sampled: Sampled | None, job: Job, kind: str) -> dict[str, Any]:
-    """The fields that say how samples were drawn; None for what was not sampled."""
-    if sampled is None:
-        nothing = dict.fromkeys(("seed", "guidance", "sampler", "weights"))
-        return {**nothing, "config": job.config.digest}
-    sampling = sampled.sampling
-    return {
-        "seed": sampling["seed"],
-        "guidance": sampling["guidance"],
-        "sampler": sampler_name(sampling),
-        "num_steps": sampling["num_steps"] if sampling["solver"] == "euler" else None,
-        "config": sampled.config,
-        "previous": sampled.previous if kind.startswith("stage") else None,  # a reconstruction starts from real images
-    }
-
-
-def append(record: Record, root: Path = HISTORY) -> Path:
-    """Write a record; FileExistsError rather than change one that is there."""
-    return write_once(root / record.experiment, record.id, record)
+    def csv(self) -> str:
+        """As CSV."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(self.rows)
+        return text.getvalue()
 
 
 def query(
-    root: Path = HISTORY,
+    root: Path | str = HISTORY,
     *,
     kind: str = "score",
     experiment: str | None = None,
     checkpoint: str | None = None,
     stage: str | None = None,
     metric: str | None = None,
-) -> list[dict[str, Any]]:
-    """Records of a kind that match, oldest first, as plain dictionaries; with `metric`, only that number and
-    its error."""
-    if kind != "score" and metric is not None:
-        raise ValueError(f"--metric {metric!r}: a {kind} has no metrics; leave it out, or --kind")
-    folder = root / FOLDERS[kind]
-    if not any(folder.glob("*/*.json")):
-        return []
-    import duckdb
+) -> Rows:
+    """Records of a kind that match, oldest first, as plain dictionaries with their ids; with `metric`, only that number
+    and its error. `Selection` takes more filters."""
+    found = Selection(root, kind=kind, experiment=experiment, checkpoint=checkpoint, stage=stage, metric=metric)
+    return found.records()
 
-    filters = {"experiment": experiment, "checkpoint": checkpoint, "stage": stage}
-    given = {name: value for name, value in filters.items() if value is not None}
-    # `->>` takes a value out of the JSON as text; names and values are ours or parameters, never pasted input
-    where = " AND ".join(["true", *(f"json ->> '$.{name}' = ?" for name in given)])
-    sql = f"SELECT json FROM read_json_objects(?) WHERE {where} ORDER BY json ->> '$.time', json ->> '$.id'"
-    rows = duckdb.execute(sql, [str(folder / "*" / "*.json"), *given.values()]).fetchall()
-    found = [json.loads(row[0]) for row in rows]
-    if metric is None or not found:
-        return found
-    known = sorted({name for row in found for name in row["metrics"]})
-    if metric not in known:
-        raise ValueError(f"--metric {metric!r}: no such record has it; they have {', '.join(known)}")
-    kept = (metric, f"{metric}_error")
-    some = [row for row in found if metric in row["metrics"]]
-    return [row | {"metrics": {name: row["metrics"][name] for name in kept if name in row["metrics"]}} for row in some]
+
+def flat(selection: Selection, *, newest: int = 0) -> Table:
+    """Records as a table, oldest first: a column for each field and each metric that is said of any."""
+    metrics = {selection.metric, f"{selection.metric}_error"} if selection.metric else {*selection.metrics}
+    left_out = {"kind", "path", *selection.metrics} - metrics
+    shown = [name for name in selection.types if name not in left_out]
+    rows = selection.listed(", ".join(f'"{name}"' for name in shown), newest)
+    said = [index for index in range(len(shown)) if any(row[index] is not None for row in rows)]
+    return Table([shown[index] for index in said], [tuple(row[index] for index in said) for row in rows])
+
+
+def best(selection: Selection, *, limit: int = 10) -> Rows:
+    """The samples that score best by the selection's metric, best first; ValueError if they must not be compared.
+
+    Floors, which no checkpoint reaches, are left out unless the selection is of them.
+    """
+    assert selection.metric is not None
+    if "stage" not in selection.filtered:
+        selection.keep("stage", "regexp_full_match(stage, '[0-9]+')")
+    alike = "extractor_digest, reference, num_samples, num_train, experiment, checkpoint, stage"
+    check_comparable(
+        [json.loads(text) for text in selection.read(selection.fetch("any_value(path)", f"GROUP BY {alike}"))]
+    )
+    order = "DESC" if selection.metric in HIGHER else "ASC"
+    found = selection.fetch("path", f'ORDER BY "{selection.metric}" {order}, time, id LIMIT {limit:d}')
+    return selection.narrowed(selection.read(found))
+
+
+class Evaluation(NamedTuple):
+    """What one evaluation of a checkpoint found, by stage: of equal time, for they were measured together."""
+
+    time: str
+    checkpoint: str
+    train_seed: int | None
+    weights: str | None  # of its last stage
+    data: str
+    commit: str | None
+    values: dict[str, tuple[float, float | None]]  # by stage: the metric and its standard error
+
+
+def by_stage(found: Rows) -> list[Evaluation]:
+    """Records of one metric -> a line for each evaluation: of one checkpoint, over its retrainings."""
+    together: dict[tuple[str, str, str], Rows] = {}
+    for row in found:
+        if row["job"] == "metrics":
+            together.setdefault((row["time"], row["experiment"], row["checkpoint"]), []).append(row)
+    evaluations = []
+    for (time, _, checkpoint), rows in together.items():
+        values = {str(row["stage"]): point(row) for row in rows}
+        last = max(rows, key=lambda row: row["stage"] if isinstance(row["stage"], int) else 0)
+        said = {name: last[name] for name in ("train_seed", "weights", "data", "commit")}
+        evaluations.append(Evaluation(time, checkpoint, **said, values=values))
+    return evaluations
+
+
+def point(row: dict[str, Any]) -> tuple[float, float | None]:
+    """The one metric of a record, and its standard error if it has one."""
+    value, *error = (row["metrics"][name] for name in sorted(row["metrics"]))  # `fid` comes before `fid_error`
+    return value, error[0] if error else None
+
+
+def sql(statement: str, root: Path | str = HISTORY, *, provisional: bool = False) -> Table:
+    """Answer one SELECT over `records`, a row for each score; it can neither change anything nor read other files."""
+    connection = catalogue.opened(catalogue.folder_of(root), provisional=provisional)
+    connection.execute("CREATE TABLE kept AS FROM records; DROP VIEW records; ALTER TABLE kept RENAME TO records")
+    connection.execute("SET enable_external_access = false; SET lock_configuration = true")
+    try:
+        statements = connection.extract_statements(statement)
+        if [one.type for one in statements] != [duckdb.StatementType.SELECT]:
+            raise ValueError("--sql: give one SELECT, and nothing else")
+        answer = connection.execute(statements[0])
+        return Table([column[0] for column in answer.description], answer.fetchall())
+    except duckdb.Error as error:
+        raise ValueError(f"--sql: {error}") from None
 
 
 SETTING = ("extractor", "reference", "num_samples")  # where these differ, numbers must not be compared
@@ -251,53 +240,63 @@ def texts(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def setting(found: list[dict[str, Any]]) -> str:
+def setting(found: Rows) -> str:
     """In what comparable records were measured."""
     named = found[0]["extractor"]
     return f"{found[0]['num_samples']:,} images" + (f", {named['name']}" if named else "")
 
 
-def check_comparable(found: list[dict[str, Any]]) -> None:
+def check_comparable(found: Rows) -> None:
     """ValueError that says what differs between the records, and which filter of `query` would separate them."""
-    differing = [name for name in SETTING if len({texts(row)[name] for row in found}) > 1]
-    if not differing:
+    said = [texts(row) for row in found]
+    differing = {name: sorted({one[name] for one in said}) for name in SETTING}
+    what = "; ".join(f"{name} is {' or '.join(known)}" for name, known in differing.items() if len(known) > 1)
+    if not what:
         return
-    values = {name: sorted({texts(row)[name] for row in found}) for name in differing}
-    what = "; ".join(f"{name} is {' or '.join(known)}" for name, known in values.items())
     remedies = []
     for name in ("experiment", "checkpoint", "stage"):
         groups: dict[str, set[tuple[str, ...]]] = {}
-        for row in found:
-            groups.setdefault(str(row[name]), set()).add(tuple(texts(row).values()))
+        for row, one in zip(found, said, strict=True):
+            groups.setdefault(str(row[name]), set()).add(tuple(one.values()))
         if len(groups) > 1 and all(len(kinds) == 1 for kinds in groups.values()):
             remedies.append(f"--{name} ({', '.join(sorted(groups))})")
-    remedy = f"separate them with {' or '.join(remedies)}" if remedies else "no filter separates all of them"
-    raise ValueError(f"these {len(found)} records must not be compared: {what}; {remedy}")
+    remedies += [f"--where {name}=..." for name in SETTING if len(differing[name]) > 1]
+    raise ValueError(
+        f"these {len(found)} records must not be compared: {what}; separate them with {' or '.join(remedies)}"
+    )
 
 
 Points = list[tuple[float, float, float | None]]  # step, value, and its standard error where the record has one
 
 
-def over_steps(found: list[dict[str, Any]]) -> tuple[dict[str, Points], dict[str, float]]:
+def over_steps(found: Rows) -> tuple[dict[str, Points], dict[str, float]]:
     """Records of one metric and its error -> points of each series, and floors, for `plots.over_steps`.
 
     A series is a stage under one setting: experiment, guidance, sampler and seed are named where they differ. Of equal
     ones at a step the newest counts; so does the newest floor of an experiment.
     """
     check_comparable(found)
+    alike: dict[Any, Rows] = {}
+    for row in found:
+        alike.setdefault(row["stage"], []).append(row)
+    fields = {stage: told_apart(rows) for stage, rows in alike.items()}
     series: dict[str, dict[int, tuple[float, float | None]]] = {}
     floors: dict[str, float] = {}
     for row in found:  # oldest first
-        alike = [other for other in found if other["stage"] == row["stage"]]
-        fields = [name for name in ("experiment", "guidance", "sampler", "seed") if len({o[name] for o in alike}) > 1]
-        if not isinstance(row["stage"], int) and len({tuple(other["metrics"].values()) for other in alike}) == 1:
-            fields = []  # the same floor under all of them
-        value, *error = (row["metrics"][name] for name in sorted(row["metrics"]))  # `fid` comes before `fid_error`
-        told = "".join(f", {row[n]}" if n in ("experiment", "sampler") else f", {n} {row[n]}" for n in fields)
+        names = fields[row["stage"]]
+        told = "".join(f", {row[n]}" if n in ("experiment", "sampler") else f", {n} {row[n]}" for n in names)
         if isinstance(row["stage"], int):
-            series.setdefault(f"stage {row['stage']}{told}", {})[row["step"]] = (value, error[0] if error else None)
+            series.setdefault(f"stage {row['stage']}{told}", {})[row["step"]] = point(row)
         else:
-            floors[{"floor": "held-out"}.get(row["stage"], row["stage"]) + told] = value
+            name = "held-out" if row["stage"] == "floor" else row["stage"]
+            floors[f"{name}{told}"] = point(row)[0]
     if not series:
         raise ValueError("only floors match, which have no step; leave --stage out")
     return {name: [(step, *points[step]) for step in sorted(points)] for name, points in series.items()}, floors
+
+
+def told_apart(alike: Rows) -> list[str]:
+    """The fields in which records of one stage differ, so that a series must name them."""
+    if not isinstance(alike[0]["stage"], int) and len({tuple(row["metrics"].values()) for row in alike}) == 1:
+        return []  # the same floor under all of them
+    return [name for name in ("experiment", "guidance", "sampler", "seed") if len({row[name] for row in alike}) > 1]

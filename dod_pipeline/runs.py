@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,10 +16,11 @@ from dagster._utils.env import environ
 from sqlalchemy.exc import SQLAlchemyError
 from yaml import YAMLError
 
-from dod_pipeline import dvc_repo, stages
+from dod_pipeline import dvc_keep, dvc_repo, stages
 from dod_pipeline.config import Params
-from dod_pipeline.definitions import define
+from dod_pipeline.definitions import define, keep
 from dod_pipeline.dvc_assets import Pipeline
+from dod_pipeline.dvc_graph import Graph
 from dod_pipeline.storage import POSTGRES
 
 HOME = "DAGSTER_HOME"
@@ -104,8 +106,8 @@ def is_orphan(found: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
 def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[str, str]]:
     """Make what is outdated, in order; OSError where a stage fails. Returns all of the experiments' stage instances."""
     jobs = list(dict.fromkeys(job for name in experiments for job in stages.instances(params, name, until)))
-    names, root = [dvc_repo.address(stage, key) for stage, key in jobs], Path()
-    with dvc_repo.alone(root):
+    names, root, run_id = [dvc_repo.address(stage, key) for stage, key in jobs], Path(), str(uuid.uuid4())
+    with kept(params, run_id, root), dvc_repo.alone(root):
         changed = dvc_repo.status(names, root=root, patient=True)
         if changed:  # an error in a late stage's settings shows before hours of training, not after
             for stage, key in jobs:
@@ -113,31 +115,48 @@ def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[st
         pipeline, definitions = define(pools=False)
         with instance(root) as found:
             bury(found, root)
-            pipeline.report(found, [name for name in names if name not in changed])
+            pipeline.report(pipeline.events(found), {}, [name for name in names if name not in changed])
             due = [name for name in pipeline.graph.downstream(changed) if name in names]
             demand(pipeline, [name for name in names if name not in due])
             if not due:
                 print(f"Nothing to do: all {len(names)} stages of {', '.join(experiments)} are up to date.")
             else:
-                tags = {OWNER: owner(root), "dod/experiment": ",".join(experiments)}
-                execute(found, definitions, [pipeline.keys[name] for name in due], tags)
+                tags = {OWNER: owner(root), "dod/experiment": ",".join(experiments), dvc_keep.KEPT: "dod run"}
+                execute(found, definitions, [pipeline.keys[name] for name in due], tags, run_id)
     return jobs
 
 
+@contextmanager
+def kept(params: Params, run_id: str, root: Path) -> Iterator[None]:
+    """Commit and push what was made, as `deployment` says, also where a later stage failed; not after Ctrl-C."""
+    failed = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failed = error
+    known = Graph(root).instances
+    for text in dvc_keep.after_run(keep(params), run_id, known=known, root=root):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    if failed is not None:
+        raise failed
+
+
 def demand(pipeline: Pipeline, names: Sequence[str]) -> None:
-    """ValueError if what is up to date doesn't pass its checks."""
+    """ValueError if what is up to date doesn't pass its checks; a warning stops nothing."""
     for name in names:
         for result in pipeline.extras[name].check():
-            if not result.passed:
+            if not result.passed and result.severity is dg.AssetCheckSeverity.ERROR:
                 raise ValueError(f"{name}: check {result.check_name!r} failed: {result.description}")
 
 
-def execute(found: dg.DagsterInstance, defs: dg.Definitions, keys: list[dg.AssetKey], tags: dict[str, str]) -> None:
+def execute(
+    found: dg.DagsterInstance, defs: dg.Definitions, keys: list[dg.AssetKey], tags: dict[str, str], run_id: str
+) -> None:
     """Materialize assets in this process; OSError says why one failed, KeyboardInterrupt that it was stopped."""
     job = defs.resolve_implicit_global_asset_job_def()
     try:
         done = job.execute_in_process(
-            instance=found, asset_selection=keys, tags=tags, run_config=QUIET, raise_on_error=False
+            instance=found, asset_selection=keys, tags=tags, run_id=run_id, run_config=QUIET, raise_on_error=False
         )
     except dg.DagsterExecutionInterruptedError:
         raise KeyboardInterrupt from None

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -115,18 +115,39 @@ def side_by_side(found: dict[str, dict[str, dict[str, Any]]]) -> None:
     show("FID, side by side", ["", "evaluations", *found, "mean"], rows)
 
 
+def differences(title: str, lines: Iterable[Any]) -> None:
+    """Lines of `compare`: both values, their difference, and that relative to the first."""
+    rows = []
+    for line in lines:
+        digits = DIGITS.get(line.metric, 3)
+        both = [with_error(*pair, digits=digits) for pair in ((line.a, line.a_error), (line.b, line.b_error))]
+        relative = "-" if line.relative is None else f"{line.relative:+.1%}"
+        rows.append([line.metric, *both, f"{line.difference:+.{digits}f}", relative])
+    show(title, ["metric", "A", "B", "B - A", "relative"], rows)
+
+
 def history(records: list[dict[str, Any]]) -> None:
     """Records, one a line."""
-    columns = ["time", "checkpoint", "stage", "metrics", "samples", "seed", "guidance", "sampler"]
+    columns = ["id", "time", "checkpoint", "stage", "metrics", "samples", "seed", "guidance", "sampler"]
     rows = []
     for record in records:
         metrics = " ".join(f"{name}={value:.{DIGITS.get(name, 3)}f}" for name, value in record["metrics"].items())
         rest = [record["num_samples"], record["seed"], record["guidance"], record["sampler"]]
         shown = ["-" if value is None else str(value) for value in rest]
-        rows.append(
-            [record["time"][:19].replace("T", " "), record["checkpoint"], str(record["stage"]), metrics, *shown]
-        )
+        stage = f"{record['stage']}{' (provisional)' * record['provisional']}"
+        rows.append([record["id"][:12], moment(record["time"]), record["checkpoint"], stage, metrics, *shown])
     show("history", columns, rows)
+
+
+def moment(time: str) -> str:
+    """A time as tables show it, to the second."""
+    return time[:19].replace("T", " ")
+
+
+def plain(title: str, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Any table: six digits of a number, and "-" for what is missing."""
+    shown = [["-" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    show(title, columns, shown)
 
 
 def history_csv(records: list[dict[str, Any]]) -> str:

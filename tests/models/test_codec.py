@@ -10,9 +10,10 @@ from dod_models.codec import SCHEMA, Codec, batch_size
 from dod_models.evaluate import psnr
 from dod_models.evaluator import load_extractor
 from dod_models.features import FeatureSet
-from dod_models.fit_codec import CodecConfig, measure_scale, small_vae, train_vae
+from dod_models.fit_codec import CodecConfig, build_codec, measure_scale, small_vae, train_vae
 from dod_models.images import ImageFolder
 from dod_models.pixels import to_pixels, to_signal
+from dod_models.stable_diffusion import CONFIG, WEIGHTS
 
 from . import tiny
 
@@ -108,6 +109,43 @@ def test_training_is_repeatable():
     config = CodecConfig(widths=(8, 8), groups=4, steps=2, batch_size=4)
     first, second = (train_vae(config, pixels).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def kept(pipeline, codec, tmp_path):
+    """The finished codec put aside: weights, and a config that holds the scale."""
+    folder = tmp_path / "kept"
+    shutil.copytree(pipeline.codec / "vae", folder)
+    config = artifact.read_json(folder / CONFIG)
+    artifact.write_json(folder / CONFIG, config | {"scaling_factor": codec.scale})
+    return folder
+
+
+def test_a_finished_codec_is_taken_as_it_is(pipeline, codec, kept, tmp_path):
+    """Whatever images there are: the latents stay the same to the bit."""
+    digest = artifact.sha256_file(kept / WEIGHTS)
+    config = CodecConfig(source="finished", path=str(kept), sha256=digest, image_size=tiny.SIZE, seed=7)
+    facts = build_codec(config, dataset=pipeline.dataset, reference=pipeline.reference, out=tmp_path / "codec")
+    again = Codec.load(tmp_path / "codec")
+    assert again.scale == codec.scale == facts["scale"]
+    assert artifact.sha256_file(tmp_path / "codec" / "vae" / WEIGHTS) == digest
+    pixels = images(pipeline, "val")
+    assert all(torch.equal(a, b) for a, b in zip(again.encode(pixels), codec.encode(pixels), strict=True))
+    about = artifact.read_manifest(tmp_path / "codec", schema=SCHEMA)["about"]
+    assert about["weights"] == {"sha256": digest}
+
+
+def test_a_finished_codec_is_named_by_its_digest(pipeline, kept, tmp_path):
+    inputs = {"dataset": pipeline.dataset, "reference": pipeline.reference, "out": tmp_path / "codec"}
+    with pytest.raises(ValueError, match="path and sha256: needed with source 'finished'"):
+        CodecConfig(source="finished", path=str(kept))
+    other = CodecConfig(source="finished", path=str(kept), sha256="0" * 64)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: sha256 is \w+, codec\.sha256 says 0+; correct one of them"):
+        build_codec(other, **inputs)
+    (kept / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{WEIGHTS}: not there; bring it back, or correct codec\.path"):
+        build_codec(other, **inputs)
+    assert not (tmp_path / "codec").exists()
 
 
 def test_a_diverging_training_is_an_error_that_names_the_step():

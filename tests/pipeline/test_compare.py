@@ -1,13 +1,14 @@
 """What must not be compared is refused with both values; what may be is shown with everything that differs."""
 
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dod_pipeline import cli, compare, history
+from dod_pipeline import cli, compare, history, records
 
 from .test_history import NOON, SHA, record
 
@@ -16,7 +17,7 @@ OTHER = SHA[::-1]
 
 
 @pytest.fixture(autouse=True)
-def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that was evaluated twice, with a newer sweep; and others of which each differs in one thing."""
     monkeypatch.chdir(tmp_path)
     put("old", metrics={"fid": 9.0})
@@ -34,14 +35,26 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def put(name: str, *, hours: int = 0, job: str = "metrics", checkpoint: str = "a", **changes: Any) -> None:
     metrics = {"fid": 10.0, "fid_error": 0.3, "precision": 0.5}
     fields = {"checkpoint": checkpoint, "stage": 2, "metrics": metrics, "time": NOON + timedelta(hours=hours)}
-    history.append(record(id=f"{name}-{job}-0", **(fields | changes)))
+    records.append(record(row=name, job=job, **(fields | changes)))
+
+
+def row_of(name: str) -> str:
+    return str(compare.find(name)["row"])
 
 
 def test_a_checkpoint_stands_for_its_newest_own_record():
-    assert compare.find("a")["id"] == compare.find("a:2")["id"] == "a-metrics-0"
-    assert compare.find("a:1")["id"] == "a1-metrics-0"
-    assert compare.find("a:floor")["id"] == "floor-metrics-0"
-    assert compare.find("swept-sweeps-0")["metrics"] == {"fid": 99.0}
+    assert row_of("a") == row_of("a:2") == "a"
+    assert (row_of("a:1"), row_of("a:floor")) == ("a1", "floor")
+
+
+def test_an_id_may_be_cut_short(monkeypatch: pytest.MonkeyPatch):
+    (swept,) = (row for row in history.query() if row["row"] == "swept")
+    assert compare.find(swept["id"]) == compare.find(swept["id"][:12]) == swept
+    with pytest.raises(ValueError, match="'0123' is neither a record's id"):
+        compare.find("0123")
+    monkeypatch.setattr(compare, "ID", re.compile(""))
+    with pytest.raises(ValueError, match="'': the ids of 10 records begin so; give more digits"):
+        compare.find("")
 
 
 @pytest.mark.parametrize("name", ["c", "a:3", "b:1", "old-metrics"])
@@ -56,7 +69,7 @@ def test_what_is_not_there_is_named(name: str, capsys: Captured):
         ("extractor", f"extractor is small-net-64 ({SHA[:12]}) and inception ({OTHER[:12]})", "with one feature net"),
         ("reference", f"reference is {SHA[:12]} and {OTHER[:12]}", "against one reference"),
         ("count", "num_samples is 70 and 50000", "at equal N"),
-        ("rfid", "no metric in common: fid, fid_error, precision and rfid, psnr", "records of one kind"),
+        ("rfid", "no metric in common: fid, fid_error, precision and psnr, rfid", "records of one kind"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(other: str, values: str, remedy: str, capsys: Captured):
@@ -82,7 +95,7 @@ def test_json_has_the_same(capsys: Captured):
         **{"a": 10.0, "b": 12.0, "difference": 2.0, "relative": 0.2},
         **{"a_error": 0.3, "b_error": 0.4},
     }
-    assert found["a"]["id"] == "a-metrics-0" and list(found["metrics"]) == ["fid", "precision"]
+    assert found["a"]["row"] == "a" and list(found["metrics"]) == ["fid", "precision"]
 
 
 def test_a_difference_from_zero_has_no_relative_one(capsys: Captured):

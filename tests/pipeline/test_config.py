@@ -229,6 +229,15 @@ def test_compute_reaches_training_and_changes_no_digest(values: dict[str, Any]):
         stages.resolve(Params.parse(values, place=""), "train", "tiny")
 
 
+def test_the_deployment_changes_no_digest(values: dict[str, Any]):
+    before = {s: stages.resolve(Params.parse(values, place=""), s, "tiny").config.digest for s in ("train", "report")}
+    values["deployment"] = {"storage": {"push": "each"}, "versioning": {"git_commit": True}}
+    params = Params.parse(values, place="")
+    assert {s: stages.resolve(params, s, "tiny").config.digest for s in before} == before
+    values["deployment"]["storage"]["push"] = "often"
+    assert "params.yaml: deployment.storage.push: " in complaint(values)
+
+
 def test_compute_within_train_is_refused(values: dict[str, Any]):
     values["experiments"]["tiny"]["train"] = {**values["experiments"]["tiny"]["train"], "compute": {}}
     assert "params.yaml: experiments.tiny.train: compute stands beside train, not in it" in complaint(values)

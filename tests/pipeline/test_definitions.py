@@ -1,11 +1,15 @@
 """What Dagster loads, and that its own commands find it."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 
+import dagster as dg
 import pytest
+from dagster._core.definitions.freshness import CronFreshnessPolicy
 
-from dod_pipeline import dvc_repo, runs
+from dod_pipeline import costs, dvc_repo, runs
+from dod_pipeline.costs import Cost
 from dod_pipeline.definitions import define
 
 from . import project as tiny
@@ -44,6 +48,65 @@ def test_jobs_groups_pools_and_descriptions(shared: Project, inside: Enter):
         assert {key.to_user_string() for key in node.parent_keys} == {
             before.replace("@", "/") for before in pipeline.graph.upstream[name]
         }
+
+
+def test_the_checkpoints_of_an_experiment_have_a_job_of_their_own(shared: Project, inside: Enter):
+    inside(shared)
+    _, definitions = define()
+    job = definitions.resolve_job_def("evaluate_tiny")
+    made = {key.to_user_string() for key in job.asset_layer.selected_asset_keys}
+    assert made == {*(f"{stage}/tiny-6" for stage in ("stage1", "stage2", "metrics", "sweeps")), "report/tiny"}
+    assert job.tags["dod/experiment"] == "tiny"
+
+
+def test_owners_are_those_of_the_deployment(own: Project, inside: Enter):
+    values = own.params()
+    owners = ["team:vision", "ada@example.org"]
+    own.write_params(values | {"deployment": {"owners": owners}})
+    inside(own)
+    _, definitions = define()
+    graph = definitions.resolve_asset_graph()
+    assert all(list(graph.get(key).owners) == owners for key in graph.get_all_asset_keys())
+    own.write_params(values | {"deployment": {"owners": ["vision"]}})
+    with pytest.raises(ValueError, match=r"params\.yaml: deployment\.owners"):
+        define()
+
+
+def test_the_report_that_a_schedule_renews_has_a_deadline(own: Project, inside: Enter):
+    values = own.params()
+    values["experiments"]["tiny"]["retrain"] = {"cron": "0 3 * * 1"}
+    values["experiments"]["other"] = tiny.params(own.root)["experiments"]["tiny"]
+    own.write_params(values)
+    inside(own)
+    graph = define()[1].resolve_asset_graph()
+    policies = {key.to_user_string(): graph.get(key).freshness_policy for key in graph.get_all_asset_keys()}
+    policy = policies.pop("report/tiny")
+    assert isinstance(policy, CronFreshnessPolicy) and policy.deadline_cron == "0 3 * * 1"
+    assert policy.lower_bound_delta == timedelta(days=7) and not any(policies.values())
+
+
+def test_a_run_says_what_it_took_and_pages_show_a_table(shared: Project, inside: Enter):
+    inside(shared)
+    with dg.DagsterInstance.get() as instance:
+        (run,) = instance.get_runs()
+        (event,) = instance.fetch_materializations(dg.AssetKey(["metrics", "tiny-6"]), limit=1).records
+    spent = {json.loads(file.read_text())["seconds"] for file in Path("history/costs/train@tiny").glob("*.json")}
+    assert {float(run.tags["dod/seconds.train.tiny"])} == spent and float(run.tags["dod/gflops.train.tiny"]) > 0
+    assert run.tags["dod/experiment"] == "tiny" and len(run.tags["dod/commit"].split("-")[0]) == 40
+    assert event.asset_materialization is not None
+    table = event.asset_materialization.metadata["scores"]
+    assert isinstance(table, dg.TableMetadataValue)
+    rows = {str(record.data["of"]): record.data for record in table.records}
+    scores = json.loads(Path("metrics/tiny/tiny-6.json").read_text())
+    assert {of: row["fid"] for of, row in rows.items()} == {of: row["fid"] for of, row in scores.items()}
+
+
+def test_what_was_not_computed_cost_nothing(shared: Project, inside: Enter):
+    inside(shared)
+    last = max(Cost.load(str(file)).time for file in Path("history/costs/train@tiny").glob("*.json")).timestamp()
+    assert costs.after("train", "tiny", last + 1) is None
+    found = costs.after("train", "tiny", last - 1)
+    assert found is not None and found.time.timestamp() == last
 
 
 @pytest.mark.parametrize(
@@ -91,4 +154,4 @@ def test_advice_and_progress_bars_are_left_out_of_what_is_repeated():
     ],
 )
 def test_only_locks_and_transfers_are_tried_again(said: str, passes: bool):
-    assert dvc_repo.passes(said) == passes
+    assert issubclass(dvc_repo.kind_of(said), dvc_repo.TryAgainError) == passes

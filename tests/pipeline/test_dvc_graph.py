@@ -16,7 +16,7 @@ stages:
   plain:
     desc: one stage
     cmd: touch plain.txt
-    deps: [source.py]
+    deps: [source.py, sources]
     params: [a, deep.b, {other.yaml: [c]}, {whole.yaml: null}]
     outs: [plain.txt]
   listed:
@@ -66,11 +66,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
         "other.yaml": "c: 3\n",
         "whole.yaml": "d: 1e-3\n",
         "source.py": "",
+        "sources/deep/a.py": "",
+        ".dvcignore": "*.pyc\n",
     }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     (root / "made").mkdir()
     project.run("git", "init", "--quiet")
-    project.dvc("init", "--quiet")
+    project.dvc("init", "--quiet", "--force")
     project.dvc("repro")
     return project
 
@@ -97,14 +100,16 @@ def test_every_stage_comes_after_what_it_depends_on(toy: Project):
 
 
 def test_what_dvc_recorded_is_what_stands_there(toy: Project):
+    recorded, lock = Graph(toy.root).recorded(), toy.lock()
+    assert set(recorded) == set(lock)
+    assert recorded["plain"] == lock["plain"]["outs"][0]["md5"]
+    assert recorded["mapped@u"] == lock["mapped@u"]["outs"][0]["md5"]  # a folder's, which ends in .dir
+
+
+def code_of(toy: Project) -> dict[str, str]:
+    """The code version of every instance."""
     graph = Graph(toy.root)
-    recorded = graph.recorded()
-    assert {name: version.code for name, version in recorded.items()} == {
-        name: graph.code(instance) for name, instance in graph.instances.items()
-    }
-    lock = toy.lock()
-    assert recorded["plain"].data == lock["plain"]["outs"][0]["md5"]
-    assert recorded["mapped@u"].data == lock["mapped@u"]["outs"][0]["md5"]  # a folder's, which ends in .dir
+    return {name: graph.code(instance) for name, instance in graph.instances.items()}
 
 
 @pytest.mark.parametrize(
@@ -117,16 +122,18 @@ def test_what_dvc_recorded_is_what_stands_there(toy: Project):
         ("whole.yaml", "d: 2\n", {"plain"}),
         ("whole.yaml", "d: 0.001\n", set()),
         ("source.py", None, {"plain"}),
+        ("sources/deep/a.py", "1", {"plain"}),
+        ("sources/new.py", "", {"plain"}),
+        ("sources/new.pyc", "", set()),  # .dvcignore
         ("params.yaml", yaml.safe_dump({**PARAMS, "sets": {"u": {"size": 5}, "v": {"size": 2}}}), {"mapped@u"}),
     ],
 )
 def test_a_change_of_code_is_one_for_dvc_too(toy: Project, file: str, text: str | None, changed: set[str]):
+    before = code_of(toy)
     (toy.root / file).unlink() if text is None else (toy.root / file).write_text(text)
-    graph = Graph(toy.root)
-    recorded = graph.recorded()
-    assert {name for name, item in graph.instances.items() if graph.code(item) != recorded[name].code} == changed
+    assert {name for name, code in code_of(toy).items() if code != before[name]} == changed
     found = toy.dvc("status").stdout
-    assert {name for name in graph.instances if f"{name}:" in found.splitlines()} == changed
+    assert {name for name in before if f"{name}:" in found.splitlines()} == changed
 
 
 def test_downstream_is_all_that_is_made_from_it(toy: Project):
@@ -138,9 +145,21 @@ def test_downstream_is_all_that_is_made_from_it(toy: Project):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("vars: [a.yaml]\nstages: {}", "dvc.yaml: 'vars' is not supported"),
-        ("stages: {s: {cmd: x, wdir: sub}}", "dvc.yaml: stage s: 'wdir' is not supported"),
-        ("stages: {s: {cmd: 'x ${nowhere.at}'}}", r"dvc.yaml: stage s: \$\{nowhere.at\} is not in params.yaml"),
+        ("vars: [a.yaml]\nstages: {}", "dvc.yaml: vars: there is no file a.yaml; write it"),
+        ("vars: [{a: 1}, {a: 2}]\nstages: {}", "dvc.yaml: vars: 'a' is defined twice.*rename one"),
+        ("vars: ['v.json:b']\nstages: {}", "dvc.yaml: vars: v.json:b: v.json has no 'b'; it has .*'a'"),
+        ("vars: ['v.py']\nstages: {}", "v.py: settings written in Python are not supported; write them as YAML"),
+        ("steps: {}", "dvc.yaml: 'steps' is not supported; remove it"),
+        ("stages: {s: {cmd: x, outz: []}}", "dvc.yaml: stage s: 'outz' is not supported; known are"),
+        ("stages: {s: {deps: [a]}}", "dvc.yaml: stage s: cmd: is missing"),
+        ("stages: {s: 3}", "dvc.yaml: stage s: must be a mapping with `cmd`, is 3"),
+        ("stages: {s: {foreach: 3, do: {cmd: x}}}", "dvc.yaml: stage s: foreach: must be a list or a mapping, is 3"),
+        ("stages: {s: {foreach: [3], cmd: x}}", "dvc.yaml: stage s: `foreach` takes `do` and nothing beside it"),
+        ("stages: {s: {cmd: x, deps: ['s3://b/c']}}", "dvc.yaml: stage s: deps: s3://b/c is not supported.*import-url"),
+        ("stages: {a: {cmd: x, outs: [o]}, b: {cmd: x, outs: [./o]}}", "dvc.yaml: o is made by a and by b"),
+        ("stages: {s: {cmd: 'x ${nowhere.at}'}}", r"dvc.yaml: stage s: cmd: \$\{nowhere.at\} is not in params.yaml"),
+        ("vars: [v.json]\nstages: {s: {cmd: x, deps: ['${l}']}}", r"stage s: deps: \$\{l\} is no plain value"),
+        ("vars: [v.json]\nstages: {s: {cmd: 'x ${l}'}}", r"stage s: cmd: \$\{l\} is no plain value"),
         ("stages: [", "dvc.yaml: not YAML"),
         ("[1, 2]", "dvc.yaml: must hold a mapping, holds a list"),
         ("stages: {a: {cmd: x, deps: [b], outs: [a]}, b: {cmd: x, deps: [a], outs: [b]}}", "depend on each other"),
@@ -148,16 +167,10 @@ def test_downstream_is_all_that_is_made_from_it(toy: Project):
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, text: str, message: str):
     (tmp_path / "dvc.yaml").write_text(text)
+    (tmp_path / "v.json").write_text('{"a": 1, "l": [1, 2]}')
+    (tmp_path / "v.py").write_text("a = 1")
     with pytest.raises(ValueError, match=message):
         Graph(tmp_path)
-
-
-def test_a_folder_of_sources_is_refused(tmp_path: Path):
-    (tmp_path / "dvc.yaml").write_text("stages: {s: {cmd: x, deps: [src]}}")
-    (tmp_path / "src").mkdir()
-    graph = Graph(tmp_path)
-    with pytest.raises(ValueError, match="src: a folder that no stage makes is not supported"):
-        graph.code(graph.instances["s"])
 
 
 def test_a_conflict_in_dvc_lock_is_named_with_its_line(toy: Project):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dod_models import artifact, source
-from dod_pipeline import cli, gate, history, trials
+from dod_pipeline import cli, gate, history, ledger, trials
 from dod_pipeline.config import Params
 from dod_pipeline.gate import Calibration, Verdict
 
@@ -83,7 +83,7 @@ def test_the_exit_status_is_the_verdict(fake: dict[str, Any], capsys: Captured, 
     printed = capsys.readouterr().out
     assert f"{verdict}: seed1-6 against tiny-6" in printed
     (row,) = history.query(kind="verdict")
-    record = Verdict.model_validate(row)
+    record = ledger.typed(Verdict, row)
     assert (record.verdict, record.experiment, record.checkpoint) == (verdict, "seed1", "seed1-6")
     assert (record.incumbent.checkpoint, record.incumbent.train_seed) == ("tiny-6", 0)
     assert record.differences == pytest.approx([candidate - 10 + own for own in OWN[: len(record.differences)]])
@@ -206,14 +206,14 @@ def test_the_gate_takes_its_tolerance_from_the_newest_calibration(fake: dict[str
     # means 10, 9, 11 and what OWN adds on average to the last two: s is 1, t(0.95, 2) = 2.92
     tolerance = 2.919986 * 2**0.5
     (row,) = history.query(kind="calibration")
-    calibration = Calibration.model_validate(row)
+    calibration = ledger.typed(Calibration, row)
     assert calibration.tolerance == pytest.approx(tolerance, rel=1e-3)
     assert [one.train_seed for one in calibration.retrains] == [0, 1, 2]
     assert f"experiments.tiny.gate: {{tolerance: {calibration.tolerance:.4g}}}" in printed
     assert cli.main(["gate", "seed4-6", "tiny-6"]) == 0
     (*_, verdict) = history.query(kind="verdict")
-    assert verdict["tolerance"] == calibration.tolerance and verdict["calibration"] == calibration.id
-    assert gate.gate(parsed(fake), "seed4-6", "seed3-6").calibration == calibration.id  # of the same configuration
+    assert verdict["tolerance"] == calibration.tolerance and verdict["calibration"] == calibration.digest
+    assert gate.gate(parsed(fake), "seed4-6", "seed3-6").calibration == calibration.digest  # of the same configuration
     assert cli.main(["history", "--kind", "calibration"]) == 0
     assert "tiny-6, seed1-6, seed2-6" in capsys.readouterr().out
 

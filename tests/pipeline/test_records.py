@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from dod_models import artifact
-from dod_pipeline import costs, history, stages
+from dod_pipeline import costs, stages
+from dod_pipeline import records as made
 from dod_pipeline.config import Params
-from dod_pipeline.history import Record, Sampled
+from dod_pipeline.records import Record, Sampled
 
 from . import project as tiny
 
@@ -28,6 +29,9 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
         job = stages.resolve(params, f"stage{number}", "tiny-6")
         about = {"stage": number, "sampling": job.config.model_dump(mode="json")}
         write(f"samples/tiny/tiny-6/stage{number}", {"about": about, "config": job.config.digest})
+    for folder in ("train/tiny", "latents/tiny"):
+        write(folder, {"config": f"settings of {folder}"})
+    write("dataset/tiny", {"config": "settings of the data", "files": {"train.jsonl": {"sha256": "index"}}})
     return params
 
 
@@ -39,7 +43,7 @@ def records(params: Params, stage: str, rows: dict[str, dict[str, Any]]) -> dict
     """The records of these rows, by stage."""
     job = stages.resolve(params, stage, "tiny-6")
     artifact.write_json(job.out, rows)
-    return {record.stage: record for record in history.records(params, job)}
+    return {record.stage: record for record in made.records(params, job)}
 
 
 def took(params: Params, stage: str, seconds: float) -> None:
@@ -67,6 +71,30 @@ def test_a_row_of_metrics_says_everything_that_it_depends_on(params: Params):
     assert found["codec"].weights == artifact.sha256_file(Path("codec/tiny/manifest.json"))
 
 
+def test_a_number_names_every_file_on_the_way_from_the_images(params: Params):
+    found = records(params, "metrics", ROWS)
+    two = found[2].sources
+    assert [*two] == [
+        *("metrics", "stage2", "codec", "reference", "stage1", "weights2", "dataset", "weights1", "train"),
+        *("train.jsonl", "latents"),
+    ]
+    assert {name: source.path for name, source in two.items()}["weights2"] == "train/tiny/step-6/ema-0.9.safetensors"
+    assert all(
+        two[name].sha256 == artifact.sha256_file(Path(two[name].path)) for name in two if "." not in two[name].path
+    )
+    assert two["weights1"].sha256 == "weights" and two["train.jsonl"].sha256 == "index"
+    assert two["train"].config == "settings of train/tiny" and two["stage2"].config == found[2].config
+    assert [*found["floor"].sources] == ["metrics", "reference", "dataset", "train.jsonl"]
+    assert [*found["codec"].sources] == ["metrics", "codec", "reference", "dataset", "train.jsonl"]
+    assert "stage2" not in found[1].sources
+
+
+def test_what_a_clone_lacks_is_left_out(params: Params):
+    for folder in ("train", "latents", "dataset"):
+        Path(folder, "tiny", artifact.MANIFEST).unlink()
+    assert [*records(params, "metrics", ROWS)[1].sources] == ["metrics", "stage1", "codec", "reference", "weights1"]
+
+
 def test_seconds_are_those_of_the_newest_run_under_these_settings_and_of_all_stages_up_to_it(params: Params):
     took(params, "stage1", 90.0)
     took(params, "stage1", 10.0)
@@ -84,7 +112,7 @@ def test_a_reconstruction_and_a_probe_are_compared_with_the_images_themselves(
     took(params, "stage2", 1.0)
     sampling = stages.resolve(params, "stage2", "tiny-6").config.model_dump(mode="json")
     drawn = Sampled(2, sampling, "config", "of stage 1")
-    monkeypatch.setattr(history, "samplings", lambda job: {"third": drawn, "reconstruction guidance=2": drawn})
+    monkeypatch.setattr(made, "samplings", lambda job: {"third": drawn, "reconstruction guidance=2": drawn})
     rows = {
         "third": {"kind": "stage2", "guidance": 2.0, "fid": 2.0, **EVALUATED},
         "reconstruction guidance=2": {

@@ -1,0 +1,120 @@
+"""`dvc push` and `dvc pull` in a bounded time. What is to be pushed is noted first, and struck off once it was: so what
+a dead remote or a killed process left behind goes with the next push."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from dod_pipeline import dvc_repo
+from dod_pipeline.lifeline import held
+
+OWED = Path(".dvc", "tmp", "dod", "owed.json")
+
+
+Notes = dict[str, str]  # stage instance -> a token of when it was made, so that one made during a push stays owed
+
+
+def owe(names: Iterable[str], *, root: Path) -> None:
+    """Note stage instances whose outputs the remote shall have."""
+    with noted(root) as file:
+        note(file, read(file) | {name: uuid.uuid4().hex for name in names})
+
+
+def owed(root: Path) -> Notes:
+    """Stage instances whose outputs the remote may not have yet."""
+    with noted(root) as file:
+        return read(file)
+
+
+def settle(known: Iterable[str], *, root: Path, timeout: float) -> None:
+    """Push all that is noted, in one call; OSError with the remote and a remedy where that fails or takes too long.
+
+    What is not `known` any more, because dvc.yaml has changed, is forgotten.
+    """
+    done = owed(root)
+    targets = sorted(done.keys() & set(known))
+    if targets:
+        transfer("push", targets, root=root, timeout=timeout)
+    with noted(root) as file:
+        note(file, {name: token for name, token in read(file).items() if done.get(name) != token})
+
+
+def pull(targets: list[str], *, root: Path, timeout: float) -> None:
+    """Fetch what dvc.lock names and the remote has; OSError as for `settle`."""
+    transfer("pull", ["--allow-missing", *targets], root=root, timeout=timeout)
+
+
+def transfer(what: str, arguments: list[str], *, root: Path, timeout: float) -> None:
+    """Run one transfer; all its processes are killed when its time is over."""
+    command = held([dvc_repo.executable(), "--wait-for-lock", what, *arguments])
+    pipe, none = subprocess.PIPE, subprocess.DEVNULL
+    with (
+        dvc_repo.shared(root),
+        subprocess.Popen(
+            command,
+            cwd=root,
+            env=dvc_repo.environment(),
+            stdin=none,
+            stdout=none,
+            stderr=pipe,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            _, said = process.communicate(timeout=timeout)
+            why = f"dvc: {process.returncode}): {dvc_repo.last_lines(said)}"
+        except subprocess.TimeoutExpired:
+            why = f"no end after {timeout:g} s)"
+        finally:
+            dvc_repo.signal_group(process, signal.SIGKILL)
+    if process.returncode != 0:
+        raise OSError(
+            f"dvc {what}, remote {remote(root)}, failed ({why}\nWhat was computed stays here. Look at the remote with "
+            f"`dvc remote list`; the next {what} goes on, or call `dvc {what}` yourself"
+        )
+
+
+def remote(root: Path) -> str:
+    """The default remote and its URL, without what may be secret in it."""
+    try:
+        found = dvc_repo.text("remote", "list", root=root)
+    except OSError:
+        return "(unknown)"
+    names = [line.split()[:2] for line in found.splitlines() if line.endswith("(default)")]
+    return (
+        " ".join([names[0][0], names[0][1].rpartition("@")[2]]) if names else "(none is set: `dvc remote default NAME`)"
+    )
+
+
+@contextmanager
+def noted(root: Path) -> Iterator[TextIO]:
+    """The file of notes, for one process at a time."""
+    path = root / OWED
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def read(file: TextIO) -> Notes:
+    """What the file holds."""
+    file.seek(0)
+    try:
+        return dict(json.loads(file.read() or "{}"))
+    except ValueError:  # a full disk, or the power: what is missing is made good by a `dvc push`
+        return {}
+
+
+def note(file: TextIO, notes: Notes) -> None:
+    """Write it anew."""
+    file.truncate(0)
+    file.write(json.dumps(notes))
+    file.flush()
+    os.fsync(file.fileno())

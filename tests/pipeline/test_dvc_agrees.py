@@ -1,0 +1,117 @@
+"""Whatever happens to a repository: once the sensor has looked, Dagster's pages say what `dvc status` says.
+
+That is equality of two sets of names: the assets that read stale or missing, and the stage instances that `dvc status`
+lists. Neither holds what is merely made from something outdated.
+"""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from . import toy
+from .project import Project
+
+STEPS = int(os.environ.get("DOD_STEPS", "10"))
+SEED = int(os.environ.get("DOD_SEED", "0"))
+OUTS = ("one", "two-x.txt", "two-y.txt", "three.txt", "four.txt", "five.txt")
+
+
+class Walk:
+    """Random changes of a project, made by its users, by DVC and by Dagster."""
+
+    def __init__(self, project: Project, dvc: toy.Dvc, instance: dg.DagsterInstance, seed: int) -> None:
+        self.project, self.dvc, self.instance = project, dvc, instance
+        self.random = random.Random(seed)
+        self.cursor: str | None = None
+
+    def steps(self, number: int) -> list[str]:
+        """So many changes at random, each kind among them."""
+        kinds = ["edit_param", "edit_module", "materialize", "repro", "go_back", "go_back_in_dvc_lock", "lose", "spoil"]
+        found = [*kinds, *self.random.choices([*kinds, "materialize", "repro"], k=max(0, number - len(kinds)))]
+        self.random.shuffle(found)
+        return ["repro", "freeze", *found]
+
+    def freeze(self) -> None:
+        """For good, unless it goes back to before."""
+        (self.project.root / "dvc.yaml").write_text(toy.DVC_YAML)
+
+    def edit_param(self) -> None:
+        a, b = self.random.choices(range(3), k=2)
+        (self.project.root / "params.yaml").write_text(f"a: {a}\nb: {b}\n")
+
+    def edit_module(self) -> None:
+        name = self.random.choice(["one.src", "two.src", "sources/three.src"])
+        (self.project.root / name).write_text(str(self.random.randrange(3)))
+
+    def materialize(self) -> None:
+        """Some assets, in Dagster; fails where inputs are missing, which is right."""
+        pipeline, definitions = toy.pipeline_of(self.project)
+        chosen = self.random.sample(sorted(pipeline.keys), k=self.random.randint(1, 3))
+        job = definitions.resolve_implicit_global_asset_job_def()
+        keys = [pipeline.keys[name] for name in chosen]
+        job.execute_in_process(instance=self.instance, asset_selection=keys, raise_on_error=False)
+        self.project.commit()
+
+    def repro(self) -> None:
+        self.dvc("reproduce")
+        self.project.commit()
+
+    def go_back(self) -> None:
+        self.check_out(".")
+
+    def go_back_in_dvc_lock(self) -> None:
+        self.check_out("dvc.lock")
+
+    def check_out(self, path: str) -> None:
+        """An older commit, with the outputs that it had."""
+        self.project.commit()
+        commits = self.project.run("git", "rev-list", "HEAD", "--", "dvc.lock").stdout.split()
+        self.project.run("git", "checkout", "--quiet", self.random.choice(commits), "--", path)
+        self.dvc("checkout", force=True)
+
+    def lose(self) -> None:
+        path = self.project.root / self.random.choice(OUTS)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def spoil(self) -> None:
+        """Replace an output by hand, a file within a folder too."""
+        path = self.project.root / self.random.choice(["one/data", "two-x.txt", "three.json"])
+        if path.parent.exists():
+            path.unlink(missing_ok=True)
+            path.write_text(str(self.random.random()))
+
+    def check(self, after: str) -> None:
+        """The sensor looks; then both say the same, and it has nothing more to say."""
+        pipeline, definitions = toy.pipeline_of(self.project)
+        said, self.cursor = toy.tick(self.instance, pipeline, self.cursor)
+        expected = set(self.dvc("status"))
+        assert toy.stale(self.instance, definitions) == expected, f"after {after}; the sensor {said}"
+        assert toy.tick(self.instance, pipeline, self.cursor)[0] == "dvc.lock and the outputs are as they were"
+
+
+@pytest.mark.timeout(600)
+def test_after_any_change_dagster_says_what_dvc_status_says(tmp_path: Path):
+    project = toy.create(tmp_path / "toy", toy.DVC_YAML.replace("    frozen: true\n", ""))
+    project.dvc("remote", "add", "--default", "store", str(tmp_path / "store"))
+    with toy.serving(project) as dvc, dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        walk = Walk(project, dvc, instance, SEED)
+        history = []
+        for step in walk.steps(STEPS):
+            getattr(walk, step)()
+            history.append(step)
+            walk.check(", ".join(history))
+        dvc("reproduce")
+        walk.check("the last repro")
+        project.commit()
+        dvc("push")
+    clone = project.clone(tmp_path / "clone")
+    clone.dvc("pull")
+    assert clone.files().keys() == project.files().keys()
+    made = {path: (project.root / path).read_bytes() for path in clone.files()}
+    clone.dvc("repro", "--force")
+    assert {path: (clone.root / path).read_bytes() for path in clone.files()} == made
+    assert clone.outs() == project.outs()
