@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -131,6 +132,17 @@ def measured(arguments: list[str]) -> tuple[float, float]:
     return time.perf_counter() - start, processor
 
 
+def ask() -> None:
+    """Print a table: each question to the current folder's history, and how long it took."""
+    print(f"| question | median of {WARM}, s | as a process, median of {COLD}, s | its processor time, s |")
+    print("|---|---|---|---|")
+    for question, arguments in QUESTIONS.items():
+        warm = statistics.median(seconds(partial(asked, arguments)) for _ in range(WARM))
+        walls, processors = zip(*(measured(arguments) for _ in range(COLD)), strict=True)
+        cells = [warm, statistics.median(walls), statistics.median(processors)]
+        print(f"| {question} | {' | '.join(f'{cell:.2f}' for cell in cells)} |", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -146,13 +158,7 @@ def main() -> None:
         print(f"{sum(p.stat().st_size for p in catalogue.INDEXES.iterdir()) / 2**20:.1f} MiB")
         records.append(made_up(given.records, 20), root)
         print(f"index after one more record: {seconds(lambda: catalogue.opened(root)):.2f} s\n")
-        print(f"| question | median of {WARM}, s | as a process, median of {COLD}, s | its processor time, s |")
-        print("|---|---|---|---|")
-        for question, arguments in QUESTIONS.items():
-            warm = statistics.median(seconds(lambda: asked(arguments)) for _ in range(WARM))  # noqa: B023
-            walls, processors = zip(*(measured(arguments) for _ in range(COLD)), strict=True)
-            cells = [warm, statistics.median(walls), statistics.median(processors)]
-            print(f"| {question} | {' | '.join(f'{cell:.2f}' for cell in cells)} |", flush=True)
+        ask()
 
 
 if __name__ == "__main__":

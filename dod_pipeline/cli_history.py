@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ def list_records(given: argparse.Namespace, found: "Selection") -> int:
 
     limit = given.limit if given.limit is not None else LIMIT if given.format == "table" else 0
     if given.kind == "score" and given.format == "csv":
-        return show_table("records", history.flat(found, newest=limit), "csv")
+        history.write_csv(found, sys.stdout, newest=limit)
+        return 0
     if given.format == "json" and given.metric is None:
         print("[" + ",\n ".join(found.texts(newest=limit)) + "]")
         return 0
@@ -139,12 +141,12 @@ def some(found: "Selection") -> list[dict[str, Any]]:
 
 def plot(path: Path, found: "Selection") -> int:
     """Draw the records that match into a PNG file."""
-    from dod_pipeline import history
+    from dod_pipeline import curves, history
 
     if path.suffix != ".png":
         raise ValueError(f"--plot {path}: the picture is a PNG; name it FILE.png")
     rows = some(found)
-    series, floors = history.over_steps(rows)
+    series, floors = curves.over_steps(rows)
     from dod_pipeline import canvas, plots  # late: what can't be plotted needs no matplotlib
 
     assert found.metric is not None
@@ -157,10 +159,10 @@ def plot(path: Path, found: "Selection") -> int:
 
 def show_curve(found: "Selection", how: str) -> int:
     """Print the metric at each step, a column for each series; floors stand above."""
-    from dod_pipeline import history
+    from dod_pipeline import curves, history
 
     rows = some(found)
-    series, floors = history.over_steps(rows)
+    series, floors = curves.over_steps(rows)
     at = {name: {step: value for step, value, _ in points} for name, points in series.items()}
     steps = sorted({step for points in at.values() for step in points})
     table = history.Table(["step", *at], [(step, *(points.get(step) for points in at.values())) for step in steps])
@@ -170,9 +172,9 @@ def show_curve(found: "Selection", how: str) -> int:
 
 def show_by_stage(found: "Selection", how: str) -> int:
     """Print a line for each evaluation."""
-    from dod_pipeline import history, tables
+    from dod_pipeline import curves, history, tables
 
-    evaluations = history.by_stage(some(found))
+    evaluations = curves.by_stage(some(found))
     stages = list(dict.fromkeys(stage for one in evaluations for stage in one.values))
     stages.sort(key=lambda stage: (not stage.isdigit(), stage))
     rows = []

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dod_pipeline import canvas, cli, history, ledger, plots, records
+from dod_pipeline import canvas, cli, curves, history, ledger, plots, records
 
 from .test_history import SHA, record
 from .test_plots import intervals
@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def selected(**filters: str) -> tuple[dict[str, list[canvas.Estimate]], dict[str, float]]:
-    return history.over_steps(history.query(ledger.HISTORY, metric="fid", **filters))
+    return curves.over_steps(history.query(ledger.HISTORY, metric="fid", **filters))
 
 
 def test_records_become_series_by_stage_and_floors(here: Path):

@@ -19,7 +19,6 @@ from . import project as tiny
 from .project import Project
 
 Enter = Callable[[Project], None]
-Captured = pytest.CaptureFixture[str]
 PAGE = Path("report", "tiny.html")
 
 

@@ -26,7 +26,7 @@ Captured = pytest.CaptureFixture[str]
             "dod: metrics/tiny: no checkpoint of tiny has been evaluated; `dod run tiny` does",
         ),
         ("train/tiny/manifest.json", "dod: train/tiny/manifest.json: missing; `dod run tiny` makes it, `dvc pull` f"),
-        ("samples/tiny/tiny-6/stage2/grid.png", "dod: samples/tiny/tiny-6/stage2/grid.png: missing; `dod run tiny`"),
+        ("samples/tiny/tiny-6/sweep.png", "dod: samples/tiny/tiny-6/sweep.png: missing; `dod run tiny`"),
     ],
 )
 def test_what_is_missing_is_named_with_the_command_that_makes_it(
