@@ -30,7 +30,7 @@ def retrain(experiment: str, *, if_changed: bool = False) -> gate.Verdict | None
             return None
         check_codec(params, key, incumbent, images.sha256)
         if one is None:
-            one = candidates.add(experiment, incumbent.champion)
+            one = candidates.add(experiment, incumbent)
             print(f"candidate {one.checkpoint}, from the weights of {incumbent.champion.checkpoint}", flush=True)
         else:
             print(f"going on with candidate {one.checkpoint}", flush=True)
