@@ -7,6 +7,7 @@ Its entries are put in as text: every other byte of the file, comments and all, 
 import os
 import re
 import textwrap
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +29,17 @@ class Candidate(NamedTuple):
 
 def numbers(params: Params, experiment: str) -> list[int]:
     """Those of the experiment's retrains, in order."""
-    found = (re.fullmatch(rf"{re.escape(experiment)}-r(\d+)", name) for name in params.experiments)
-    return sorted(int(match[1]) for match in found if match)
+    return [
+        number
+        for number in numbers_in(params.experiments, experiment)
+        if f"{experiment}-r{number}" in params.experiments
+    ]
+
+
+def numbers_in(names: Iterable[str], experiment: str) -> list[int]:
+    """The numbers of the retrains that experiments, or their checkpoints, belong to."""
+    found = (re.fullmatch(rf"{re.escape(experiment)}-r(\d+)(-\d+)?", name) for name in names)
+    return sorted({int(match[1]) for match in found if match})
 
 
 def pending(params: Params, experiment: str, known: Champion) -> Candidate | None:
@@ -43,14 +53,15 @@ def pending(params: Params, experiment: str, known: Champion) -> Candidate | Non
     return None
 
 
-def add(experiment: str, champion: Event, *, path: Path = PARAMS_FILE) -> Candidate:
-    """Write the entries of a new retrain; ValueError if its settings don't hold."""
+def add(experiment: str, decided: Champion, *, path: Path = PARAMS_FILE) -> Candidate:
+    """Write the entries of a new retrain; ValueError if its settings don't hold. No number is given twice, also if the
+    entries of one that was decided about are gone."""
     with turn(path.name):
         params = load_params(path)
         known = numbers(params, experiment)
-        number = max(known, default=0) + 1
+        number = max([*known, *numbers_in(decided.decided, experiment)], default=0) + 1
         name = f"{experiment}-r{number}"
-        settings = entry(params, experiment, champion, number)
+        settings = entry(params, experiment, decided.champion, number)
         step = settings["train"]["steps"]
         one = Candidate(name, f"{name}-{step}")
         last = f"{experiment}-r{known[-1]}" if known else experiment

@@ -9,6 +9,7 @@ from dod_models import artifact
 from dod_pipeline import candidates, champion, gate, listing, runs, stages
 from dod_pipeline.champion import VAE, Champion
 from dod_pipeline.config import Params, load_params
+from dod_pipeline.turns import turn
 
 PINNED = Path("pinned")  # codecs that are kept
 
@@ -18,7 +19,7 @@ def retrain(experiment: str, *, if_changed: bool = False) -> gate.Verdict | None
 
     None if asked to begin one only for images on which nothing was decided yet, and there are none.
     """
-    with artifact.locked(Path(".state", "retrain", experiment)):
+    with turn(f"retrain-{experiment}"):
         params, incumbent = load_params(), champion.read(experiment)
         champion.check_fits(params, experiment, incumbent.champion.checkpoint)
         champion.check_weights(incumbent.champion)
@@ -29,7 +30,7 @@ def retrain(experiment: str, *, if_changed: bool = False) -> gate.Verdict | None
             return None
         check_codec(params, key, incumbent, images.sha256)
         if one is None:
-            one = candidates.add(experiment, incumbent.champion)
+            one = candidates.add(experiment, incumbent)
             print(f"candidate {one.checkpoint}, from the weights of {incumbent.champion.checkpoint}", flush=True)
         else:
             print(f"going on with candidate {one.checkpoint}", flush=True)

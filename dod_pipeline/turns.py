@@ -13,5 +13,9 @@ def turn(name: str) -> Iterator[None]:
     """Wait until nobody else in this folder has the turn of that name; it ends with its holder."""
     TURNS.mkdir(parents=True, exist_ok=True)
     with (TURNS / name).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{TURNS.absolute() / name}: another dod is at this; waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

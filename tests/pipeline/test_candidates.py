@@ -28,6 +28,7 @@ EVENT = Event(
     why="first",
     commit=None,
 )
+KNOWN = Champion(experiment="mnist", champion=EVENT, history=(EVENT,))
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_a_candidate_is_its_experiment_from_the_champion_s_weights_and_every_oth
         )
     )
     before = file.read_text()
-    assert candidates.add("mnist", EVENT) == Candidate("mnist-r1", "mnist-r1-500")
+    assert candidates.add("mnist", KNOWN) == Candidate("mnist-r1", "mnist-r1-500")
     lines = added(before, file.read_text())
     assert lines[0] == "  mnist-r1:" and lines[-1].startswith("  mnist-r1-500: {experiment: mnist-r1, data: mnist, ")
     params = load_params()
@@ -69,9 +70,9 @@ def test_a_candidate_is_its_experiment_from_the_champion_s_weights_and_every_oth
 
 
 def test_comments_stay_where_they_are_and_the_next_one_comes_below(file: Path):
-    candidates.add("mnist", EVENT)
+    candidates.add("mnist", KNOWN)
     before = file.read_text()
-    assert candidates.add("mnist", EVENT) == Candidate("mnist-r2", "mnist-r2-1500")
+    assert candidates.add("mnist", KNOWN) == Candidate("mnist-r2", "mnist-r2-1500")
     added(before, file.read_text())
     text = file.read_text()
     assert (
@@ -87,13 +88,13 @@ def test_comments_stay_where_they_are_and_the_next_one_comes_below(file: Path):
 @pytest.mark.parametrize("experiment", ["dod-s", "dod-b", "dod-xl"])
 def test_the_last_entries_of_a_mapping_have_a_place_below_them(file: Path, experiment: str):
     before = file.read_text()
-    candidates.add(experiment, EVENT)
+    candidates.add(experiment, KNOWN)
     assert "# " not in "".join(added(before, file.read_text()))
 
 
 def test_several_at_once_get_a_number_each(file: Path):
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: candidates.add("mnist", EVENT), range(8)))
+        found = list(pool.map(lambda _: candidates.add("mnist", KNOWN), range(8)))
     assert {one.experiment for one in found} == {f"mnist-r{n}" for n in range(1, 9)} < load_params().experiments.keys()
 
 
@@ -103,7 +104,7 @@ def test_settings_that_do_not_hold_are_refused_and_nothing_is_written(file: Path
     )
     file.write_text(text)
     with pytest.raises(ValueError, match="save_every 7 is not a multiple of log_every 50"):
-        candidates.add("mnist", EVENT)
+        candidates.add("mnist", KNOWN)
     assert file.read_text() == text
 
 
@@ -132,11 +133,12 @@ def test_any_block_of_yaml_takes_an_entry(text: str):
 
 
 def test_only_the_newest_retrain_can_be_pending_and_only_undecided(file: Path):
-    known = Champion(experiment="mnist", champion=EVENT, history=(EVENT,))
-    assert candidates.pending(load_params(), "mnist", known) is None
-    candidates.add("mnist", EVENT)
-    two = candidates.add("mnist", EVENT)
-    assert candidates.pending(load_params(), "mnist", known) == two
+    assert candidates.pending(load_params(), "mnist", KNOWN) is None
+    candidates.add("mnist", KNOWN)
+    two = candidates.add("mnist", KNOWN)
+    assert candidates.pending(load_params(), "mnist", KNOWN) == two
     kept = EVENT.model_copy(update={"event": "kept", "checkpoint": two.checkpoint})
     over = Champion(experiment="mnist", champion=EVENT, history=(EVENT, kept))
     assert candidates.pending(load_params(), "mnist", over) is None
+    file.write_text((SOURCE / "params.yaml").read_text())  # somebody has deleted the entries
+    assert candidates.add("mnist", over).experiment == "mnist-r3"

@@ -9,10 +9,10 @@ import dagster as dg
 import psutil
 import pytest
 
-from dod_models import artifact
-from dod_pipeline import champion, cli, lifeline, listing, schedules
+from dod_pipeline import champion, lifeline, listing, schedules
 from dod_pipeline.config import Params, load_params
 from dod_pipeline.schedules import Automation
+from dod_pipeline.turns import turn
 
 from . import project as tiny
 from .project import Project
@@ -73,12 +73,13 @@ def test_what_is_no_cron_is_named_with_its_place(root: Path, cron: str):
         automation(root, cron=cron)
 
 
-def test_never_two_of_one_experiment_at_a_time(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_never_two_of_one_experiment_at_a_time(root: Path):
     (job,) = automation(root).jobs
     assert [node.definition.pool for node in job.nodes if isinstance(node.definition, dg.OpDefinition)] == [job.name]
-    with artifact.locked(Path(".state", "retrain", "tiny")):
-        assert cli.main(["retrain", "tiny"]) == 1
-    assert ".state/retrain/tiny: another process is writing here" in capsys.readouterr().err
+    with turn("retrain-tiny"), Project(root.parent).start("dod", "retrain", "tiny") as second:
+        assert second.stdout is not None
+        assert second.stdout.readline().endswith("turns/retrain-tiny: another dod is at this; waiting for it\n")
+        second.kill()
 
 
 def test_the_sensor_asks_once_for_each_version_of_the_images_after_two_equal_looks(root: Path):
