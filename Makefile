@@ -56,7 +56,7 @@ test-slow: setup ## the tests that take more than a minute
 soak: setup ## kill a training at 500 random instants (another number: KILLS=50)
 	$(run) DOD_KILLS=$(KILLS) .venv/bin/python -m pytest --benchmark-disable -s tests/models/test_train_kills.py
 
-lint: setup ## format, lint, types, layers, large files and private keys
+lint: setup ## format, lint, types, layers, infra/, large files and private keys
 	$(run) .venv/bin/pre-commit run --all-files
 
 lock: .venv/.uv ## compile requirements/*.txt anew (newer versions: make lock UPGRADE=--upgrade)
@@ -64,6 +64,7 @@ lock: .venv/.uv ## compile requirements/*.txt anew (newer versions: make lock UP
 	@$(compile) $(UPGRADE) requirements/uv.in -o requirements/uv.txt
 	@$(compile) $(UPGRADE) requirements/dvc.in -o requirements/dvc.txt
 	@$(compile) $(UPGRADE) pyproject.toml --extra dev -o requirements/project.txt
+	@$(compile) $(UPGRADE) pyproject.toml --extra ray --constraint requirements/project.txt -o requirements/ray.txt
 
 clean: ## remove both environments and the tools' caches, no data
 	rm -rf .venv .venv-dvc .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
