@@ -19,7 +19,7 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo ui demo-seeds bench-model bench-evaluate bench-gate verify-adm test test-slow soak lint lock clean
+.PHONY: help setup demo ui demo-seeds bench-model bench-evaluate bench-gate verify-adm test test-slow soak lint audit lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,10 @@ soak: setup ## kill a training at 500 random instants (another number: KILLS=50)
 
 lint: setup ## format, lint, types, layers, infra/, large files and private keys
 	$(run) .venv/bin/pre-commit run --all-files
+
+audit: setup ## known vulnerabilities of the locked packages: asks the package index's advisories, so it wants a network
+	$(say) "asking for advisories about every package of requirements/*.txt; without a network this fails"
+	@for list in requirements/*.txt; do .venv/bin/pip-audit --require-hashes --disable-pip --requirement $$list || exit 1; done
 
 lock: .venv/.uv ## compile requirements/*.txt anew (newer versions: make lock UPGRADE=--upgrade)
 	$(say) "resolving requirements"
