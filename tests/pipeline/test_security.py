@@ -14,7 +14,7 @@ import pytest
 from safetensors import SafetensorError
 
 from dod_models.checkpoint import load_checkpoint
-from dod_models.codec import Codec
+from dod_models.codec import Codec, load_vae
 from dod_models.data import LatentShards
 from dod_models.evaluator import Evaluator, load_extractor
 from dod_models.images import ImageFolder
@@ -80,7 +80,7 @@ def test_weights_of_the_codec_in_torch_s_format_are_not_taken(shared: Project, t
     (vae / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     whole.unlink()
     with pytest.raises(OSError, match=r"diffusion_pytorch_model\.safetensors"):
-        Codec.load(tmp_path / "codec/tiny")
+        load_vae(vae)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -128,8 +128,8 @@ def test_secrets_of_the_environment_are_kept_nowhere(own: Project, s3: S3):
     values = own.params()
     values["sweeps"]["tiny-6"]["rows"][0]["guidance"] = 1.5
     own.write_params(values)
-    secrets = dict.fromkeys(("HF_TOKEN", "GITHUB_TOKEN", "AWS_SESSION_TOKEN", "DAGSTER_CLOUD_API_TOKEN"), CANARY)
-    said = [own.run("dod", "run", "tiny", **secrets, AWS_SECRET_ACCESS_KEY=CANARY)]
+    secrets = dict.fromkeys(("HF_TOKEN", "GITHUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), CANARY)
+    said = [own.run("dod", "run", "tiny", status=0, **secrets)]
     own.dvc("remote", "add", "--default", "cloud", f"s3://{BUCKET}/canary")
     own.dvc("remote", "modify", "cloud", "endpointurl", s3.endpoint)
     said += [own.run("dvc", "push", "--verbose", "report@tiny")]
