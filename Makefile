@@ -19,7 +19,7 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo ui demo-seeds bench-model bench-evaluate bench-gate verify-adm test test-slow soak lint lock clean
+.PHONY: help setup demo ui demo-seeds bench-model bench-evaluate bench-gate verify-adm test test-slow soak lint audit lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -56,14 +56,19 @@ test-slow: setup ## the tests that take more than a minute
 soak: setup ## kill a training at 500 random instants (another number: KILLS=50)
 	$(run) DOD_KILLS=$(KILLS) .venv/bin/python -m pytest --benchmark-disable -s tests/models/test_train_kills.py
 
-lint: setup ## format, lint, types, layers, large files and private keys
+lint: setup ## format, lint, types, layers, infra/, large files and private keys
 	$(run) .venv/bin/pre-commit run --all-files
+
+audit: setup ## known vulnerabilities of the locked packages: asks the package index's advisories, so it wants a network
+	$(say) "asking for advisories about every package of requirements/*.txt; without a network this fails"
+	@for list in requirements/*.txt; do .venv/bin/pip-audit --require-hashes --disable-pip --requirement $$list || exit 1; done
 
 lock: .venv/.uv ## compile requirements/*.txt anew (newer versions: make lock UPGRADE=--upgrade)
 	$(say) "resolving requirements"
 	@$(compile) $(UPGRADE) requirements/uv.in -o requirements/uv.txt
 	@$(compile) $(UPGRADE) requirements/dvc.in -o requirements/dvc.txt
 	@$(compile) $(UPGRADE) pyproject.toml --extra dev -o requirements/project.txt
+	@$(compile) $(UPGRADE) pyproject.toml --extra ray --constraint requirements/project.txt -o requirements/ray.txt
 
 clean: ## remove both environments and the tools' caches, no data
 	rm -rf .venv .venv-dvc .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*

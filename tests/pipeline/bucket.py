@@ -70,7 +70,7 @@ def serve(folder: Path) -> Iterator[S3]:
     ports = free_ports(2 * len(ROLES))
     named = [f"-{role}.port{kind}={ports.pop()}" for role in ROLES for kind in ("", ".grpc")]
     words = [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-filer", "-s3"]
-    words += ["-s3.port.iceberg=0", f"-s3.config={folder / 'access.json'}", *named]
+    words += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder / 'access.json'}", *named]
     endpoint = f"http://127.0.0.1:{named[-2].partition('=')[2]}"
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(held([str(WEED), "server", *words]), stdout=log, stderr=log)
