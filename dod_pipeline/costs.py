@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import NonNegativeFloat, PositiveInt
 
+from dod_models import artifact
 from dod_models.config import Frozen
 from dod_pipeline import ledger, stages
 from dod_pipeline.config import Params
@@ -97,4 +98,17 @@ def pace(params: Params, checkpoint: str, *, stage: int, root: Path = COSTS) -> 
         return None
     devices = {f"{cost.processes} x {cost.device}" if cost.processes > 1 else cost.device for cost in found}
     count = jobs[-1].config.model_dump()["num_samples"]
+    return Pace(round(seconds, 3), round(count / seconds, 3), ", ".join(sorted(devices)))
+
+
+def row_pace(params: Params, job: Job, name: str, *, count: int, before: int, root: Path = COSTS) -> Pace | None:
+    """What the samples of a sweep's row took, with those of as many stages `before` it; None where that isn't known."""
+    from dod_models.sweeps import TOOK  # late, as it imports torch
+
+    note, sweep = job.inputs["state"] / TOOK, newest(job, root)
+    own = artifact.read_json(note).get(name) if note.exists() else None
+    earlier = pace(params, job.key, stage=before, root=root) if before else Pace(0, 0, "")
+    if not own or sweep is None or earlier is None:
+        return None
+    seconds, devices = own + earlier.seconds, {sweep.device, *earlier.device.split(", ")} - {""}
     return Pace(round(seconds, 3), round(count / seconds, 3), ", ".join(sorted(devices)))

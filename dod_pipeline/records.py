@@ -114,11 +114,14 @@ def samplings(job: Job) -> dict[str, Sampled]:
     return found
 
 
-def spent(params: Params, job: Job, name: str) -> dict[str, Any]:
-    """The fields that say what a row's sampling took; nothing for a sweep, whose rows are not timed one by one."""
-    if job.stage != "metrics" or name not in ("stage1", "stage2"):
-        return {}
-    pace = costs.pace(params, job.key, stage=int(name[-1]))
+def spent(params: Params, job: Job, name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The fields that say what a row's sampling took; nothing for floors and a probe, which sample nothing."""
+    kind, pace = row.get("kind", name), None
+    if job.stage == "sweeps":
+        before = int(kind[-1]) - 1 if kind.startswith("stage") else 0
+        pace = costs.row_pace(params, job, name, count=row.get("num_samples", 0), before=before)
+    elif kind.startswith("stage"):
+        pace = costs.pace(params, job.key, stage=int(kind[-1]))
     return {} if pace is None else pace._asdict()
 
 
@@ -178,7 +181,7 @@ def records(params: Params, job: Job) -> list[Record]:
             "train_seed": checkpoint["about"]["seed"] if average else None,
             **origin(sampled, job, kind),
             **measured.fields(kind),
-            **spent(params, job, name),
+            **spent(params, job, name, row),
             "sources": sources.of(stage, average),
             "commit": commit,
         }

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from dod_models import artifact
+from dod_models.sweeps import TOOK
 from dod_pipeline import costs, stages
 from dod_pipeline import records as made
 from dod_pipeline.config import Params
@@ -124,12 +125,16 @@ def test_a_reconstruction_and_a_probe_are_compared_with_the_images_themselves(
         },
         "probe": {"kind": "probe", "top1": 0.875, "num_train": 900, "num_test": 90},
     }
+    artifact.write_json(Path(".state/sweeps/tiny-6") / TOOK, {"third": 6.0, "reconstruction guidance=2": 3.5})
+    assert records(params, "sweeps", rows)[2].seconds is None  # on what it took so long isn't known
+    took(params, "sweeps", 50.0)
     found = records(params, "sweeps", rows)
     swept, rebuilt, probe = (found[stage] for stage in (2, "reconstruction", "probe"))
     assert rebuilt.metrics == {"rfid": 0.5, "psnr": 20.0} and rebuilt.guidance == 2.0 and rebuilt.gflops_true == 0.75
     assert rebuilt.reference == "the images" != swept.reference
     assert (swept.previous, rebuilt.previous, rebuilt.sampler) == ("of stage 1", None, swept.sampler)
-    assert (swept.seconds, rebuilt.seconds) == (None, None)  # rows are not timed one by one
+    assert (swept.seconds, rebuilt.seconds, probe.seconds) == (7.0, 3.5, None)  # with stage 1's; nothing before it
+    assert (swept.images_per_second, swept.device) == (10.0, "cpu")
     assert probe.metrics == {"top1": 0.875}
     assert (probe.num_samples, probe.num_train, probe.extractor, probe.weights) == (90, 900, None, "weights")
     assert (probe.reference, probe.seed, probe.train_seed) == ("the images", None, 5)
