@@ -169,6 +169,9 @@ def read_manifest(folder: Path, *, schema: str) -> dict[str, Any]:
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     if manifest.get("schema") != schema:
         raise DamagedError(f"{folder}: schema is {manifest.get('schema')!r}, expected {schema!r}; run its stage again")
+    outside = [name for name in manifest.get("files", ()) if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise DamagedError(f"{folder / MANIFEST}: names {outside[0]!r}, a file outside of its folder; get it elsewhere")
     return manifest
 
 

@@ -2,13 +2,14 @@
 is not worse. Killed in the middle, it goes on with the same candidate."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from dod_models import artifact
-from dod_pipeline import candidates, champion, gate, listing, runs, stages
+from dod_pipeline import candidates, champion, dvc_git, gate, listing, runs, stages
 from dod_pipeline.champion import VAE, Champion
-from dod_pipeline.config import Params, load_params
+from dod_pipeline.config import PARAMS_FILE, Params, load_params
 from dod_pipeline.turns import turn
 
 PINNED = Path("pinned")  # codecs that are kept
@@ -31,6 +32,7 @@ def retrain(experiment: str, *, if_changed: bool = False) -> gate.Verdict | None
         check_codec(params, key, incumbent, images.sha256)
         if one is None:
             one = candidates.add(experiment, incumbent)
+            commit(params, [str(PARAMS_FILE), "listings"], f"Candidate {one.checkpoint}")  # or its records are "-dirty"
             print(f"candidate {one.checkpoint}, from the weights of {incumbent.champion.checkpoint}", flush=True)
         else:
             print(f"going on with candidate {one.checkpoint}", flush=True)
@@ -56,7 +58,17 @@ def judge(params: Params, experiment: str, key: str, data: str | None) -> gate.V
         f"{verdict.verdict} against {incumbent.checkpoint}: FID {verdict.mean:+.3f}, tolerance {verdict.tolerance:.3f}"
     )
     champion.decide(experiment, event, ours, why=why, data=data, verdict=verdict.digest)
+    commit(params, ["champions", "history"], f"{key}: {event}")
     return verdict
+
+
+def commit(params: Params, paths: list[str], message: str) -> None:
+    """Commit these, if `deployment.versioning.git_commit` says that runs do; where that fails, a warning says so."""
+    if params.deployment.versioning.git_commit:
+        try:
+            dvc_git.commit(paths, message, root=Path())
+        except OSError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def under_one_gate(params: Params, experiment: str, keys: list[str]) -> Params:

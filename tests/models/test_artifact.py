@@ -116,6 +116,16 @@ def test_another_schema_is_refused(tmp_path):
         artifact.verify(make(tmp_path / "thing"), schema="thing/2")
 
 
+@pytest.mark.parametrize("name", ["../secret", "sub/../../secret", "/etc/hostname"])
+def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(tmp_path, name):
+    folder = make(tmp_path / "out")
+    manifest = artifact.read_json(folder / artifact.MANIFEST)
+    manifest["files"][name] = {"bytes": 1, "sha256": "0"}
+    artifact.write_json(folder / artifact.MANIFEST, manifest)
+    with pytest.raises(DamagedError, match="a file outside of its folder"):
+        artifact.read_manifest(folder, schema=manifest["schema"])
+
+
 def test_a_manifest_that_is_not_json_is_named(tmp_path):
     target = make(tmp_path / "thing")
     (target / "manifest.json").write_text("{")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dod_pipeline import candidates, stages
+from dod_pipeline import candidates, ledger, retrain, stages
 from dod_pipeline.candidates import Candidate
 from dod_pipeline.champion import Champion, Event
 from dod_pipeline.config import load_params
@@ -142,3 +142,21 @@ def test_only_the_newest_retrain_can_be_pending_and_only_undecided(file: Path):
     assert candidates.pending(load_params(), "mnist", over) is None
     file.write_text((SOURCE / "params.yaml").read_text())  # somebody has deleted the entries
     assert candidates.add("mnist", over).experiment == "mnist-r3"
+
+
+def test_where_runs_commit_a_candidate_is_committed_before_it_runs(file: Path, monkeypatch: pytest.MonkeyPatch):
+    for role in ("AUTHOR", "COMMITTER"):
+        for what in ("NAME", "EMAIL"):
+            monkeypatch.setenv(f"GIT_{role}_{what}", "tiny@example.org")
+    for words in (("init", "-q"), ("add", "params.yaml"), ("commit", "-q", "-m", "first")):
+        assert ledger.git(*words).returncode == 0
+    candidates.add("mnist", KNOWN)
+    params = load_params()
+    retrain.commit(params, ["params.yaml", "listings"], "Candidate mnist-r1-1500")
+    assert str(ledger.current_commit()).endswith("-dirty")  # it was not asked for
+    versioning = params.deployment.versioning.model_copy(update={"git_commit": True})
+    deployment = params.deployment.model_copy(update={"versioning": versioning})
+    asked = params.model_copy(update={"deployment": deployment})
+    retrain.commit(asked, ["params.yaml", "listings"], "Candidate mnist-r1-1500")
+    assert not str(ledger.current_commit()).endswith("-dirty")
+    assert ledger.git("log", "-1", "--format=%s").stdout == "Candidate mnist-r1-1500\n"
