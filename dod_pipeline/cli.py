@@ -82,11 +82,10 @@ def parser() -> argparse.ArgumentParser:
 def do_run(given: argparse.Namespace) -> int:
     """Make the experiments' stages where they are outdated, through Dagster; then their tables and pictures."""
     from dod_models import artifact
-    from dod_pipeline import listing, runs, stages
+    from dod_pipeline import runs, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
-    listing.ensure(params, given.experiments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     jobs = runs.run(params, given.experiments, given.until)
     for stage, key in jobs:  # what DVC has recorded need not be kept twice

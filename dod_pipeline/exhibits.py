@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from dod_models import artifact
-from dod_pipeline import costs
+from dod_pipeline import costs, stages
 from dod_pipeline.config import Params
 
 PICTURE_WIDTH = 640  # pixels of a picture in Dagster, which keeps it in its event log
@@ -16,11 +16,14 @@ COLUMNS = ("fid", "fid_error", "precision", "recall", "num_samples")  # of the s
 
 
 def of(params: Params, stage: str, key: str, out: Path) -> dict[str, Any]:
-    """The samples' grid, the training's curve and cost, or the scores' table."""
+    """The samples' grid, the training's curve and cost, the scores' table, or a sweep's table and picture."""
     if stage == "train":
         return training(params, key)
-    if stage in ("metrics", "sweeps"):
+    if stage == "metrics":
         return {"scores": scores(artifact.read_json(out))}
+    if stage == "sweeps":
+        picture = stages.paths(params, stage, key)[0]["picture"]
+        return {"scores": scores(artifact.read_json(out)), "grid": markdown(picture.read_bytes())}
     grid = out / "grid.png"
     return {"grid": markdown(grid.read_bytes())} if grid.is_file() else {}
 

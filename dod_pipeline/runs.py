@@ -16,7 +16,7 @@ from dagster._utils.env import environ
 from sqlalchemy.exc import SQLAlchemyError
 from yaml import YAMLError
 
-from dod_pipeline import dvc_keep, dvc_repo, stages
+from dod_pipeline import dvc_keep, dvc_repo, listing, stages
 from dod_pipeline.config import Params
 from dod_pipeline.definitions import define, keep
 from dod_pipeline.dvc_assets import Pipeline
@@ -112,6 +112,7 @@ def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[st
         if changed:  # an error in a late stage's settings shows before hours of training, not after
             for stage, key in jobs:
                 stages.resolve(params, stage, key)
+            listing.ensure(params, experiments)
         pipeline, definitions = define(pools=False)
         with instance(root) as found:
             bury(found, root)

@@ -105,7 +105,7 @@ def test_two_runs_at_once_take_turns_and_equal_the_first_to_the_bit(built: Proje
     found = project.outs()
     assert found.pop("report/tiny.html") is not None  # shows seconds, the one thing that differs
     assert found == {path: md5 for path, md5 in built.outs().items() if path in found}
-    assert len(found) == 7 + 7 + 3  # folders, facts, metrics and sweep, curve
+    assert len(found) == 7 + 7 + 2 + 2  # folders, facts, metrics, curve; the sweep's metrics and picture
 
 
 def change(project: Project, edit: Any) -> None:
