@@ -138,7 +138,7 @@ def test_a_stage_reads_and_writes_the_paths_of_the_code(stage: str, key: str):
         assert outputs(instance) == {str(out)}
     elif facts is None:  # the output is the numbers
         assert names(instance["metrics"]) == {str(out)}
-        assert names(instance.get("outs", [])) == {str(path) for name, path in inputs.items() if name == "picture"}
+        assert names(instance.get("plots", [])) == {str(path) for name, path in inputs.items() if name == "picture"}
     else:
         assert names(instance["outs"]) == {str(out)} and names(instance["metrics"]) == {str(facts)}
 
