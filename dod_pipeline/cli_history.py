@@ -28,6 +28,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     question.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the metric over steps by stage")
     question.add_argument("--curve", action="store_true", help="the numbers that --plot draws")
     question.add_argument("--by-stage", action="store_true", help="a line for each evaluation, a column for each stage")
+    question.add_argument("--cost", action="store_true", help="what each set of samples gains, and what a point costs")
     question.add_argument("--best", metavar="METRIC", help="the samples that score best")
     question.add_argument("--diff", nargs=2, metavar=("A", "B"), help="what changed between two records")
     question.add_argument("--sql", metavar="SELECT", help="ask the table `records` in DuckDB's SQL")
@@ -58,10 +59,10 @@ def do_history(given: argparse.Namespace) -> int:
     if given.diff is not None:
         a, b = given.diff
         return show_difference(a, b, given.root, given.format)
-    for name in ("plot", "curve", "by_stage", "best"):
+    for name in ("plot", "curve", "by_stage", "cost", "best"):
         if getattr(given, name) and given.kind != "score":
             raise ValueError(f"--{name.replace('_', '-')}: a {given.kind} is no score; leave out --kind")
-    asks_one = given.plot or given.curve or given.by_stage
+    asks_one = given.plot or given.curve or given.by_stage or given.cost
     found = history.Selection(
         given.root,
         kind=given.kind,
@@ -78,6 +79,8 @@ def do_history(given: argparse.Namespace) -> int:
         return show_curve(found, given.format)
     if given.by_stage:
         return show_by_stage(found, given.format)
+    if given.cost:
+        return show_cost(found, given.format)
     if given.best is not None:
         return show_records(given, history.best(found, limit=given.limit or 10))
     return list_records(given, found)
@@ -110,7 +113,7 @@ def show_records(given: argparse.Namespace, found: list[dict[str, Any]]) -> int:
     elif given.format == "csv":
         print(tables.history_csv(found), end="")
     elif found:
-        {"score": tables.history, "verdict": show_verdicts, "calibration": show_calibrations}[given.kind](found)
+        {"score": tables.history, "verdict": tables.verdicts, "calibration": tables.calibrations}[given.kind](found)
     else:
         makes = {"score": "run EXPERIMENT", "verdict": "gate", "calibration": "calibrate"}
         print(f"no such record; `dod {makes[given.kind]}` makes some")
@@ -192,6 +195,18 @@ def show_by_stage(found: "Selection", how: str) -> int:
     return show_table(f"{found.metric} by stage", history.Table([*columns, *titles], rows), how)
 
 
+def show_cost(found: "Selection", how: str) -> int:
+    """Print what samples cost and gain, a line for each way in which a checkpoint was sampled."""
+    from dod_pipeline import curves, history
+
+    assert found.metric is not None
+    rows = some(found)
+    lines: list[tuple[Any, ...]] = [*curves.cost_per_point(rows, higher=found.metric in history.HIGHER)]
+    columns = ["checkpoint", "samples of", "guidance", "sampler", found.metric, "gained"]
+    columns += [f"{what}{per}" for per in (" a sample", " a point") for what in ("GFLOPs", "seconds")]
+    return show_table(f"cost per point, {history.setting(rows)}", history.Table(columns, lines), how)
+
+
 def short(digest: str | None) -> str | None:
     """The first digits."""
     return digest and digest[:12]
@@ -261,30 +276,3 @@ def do_lineage(given: argparse.Namespace) -> int:
     tables.show("made from", ["", "file", "sha256", "settings", "there now is"], rows, left=5)
     print(f"to make it again:\n{lineage.remake(record)}")
     return 0
-
-
-def show_verdicts(found: list[dict[str, Any]]) -> None:
-    """Verdicts, one a line."""
-    from dod_pipeline import tables
-
-    columns = ["time", "candidate", "incumbent", "verdict", "difference", "interval", "tolerance", "blocks", "samples"]
-    rows = []
-    for row in found:
-        names = [row[role]["checkpoint"] for role in ("candidate", "incumbent")]
-        numbers = [f"{row['mean']:+.3f}", f"{row['lower']:+.3f} to {row['upper']:+.3f}", f"{row['tolerance']:.3f}"]
-        counts = [str(len(row["differences"])), str(row["num_samples"])]
-        rows.append([tables.moment(row["time"]), *names, row["verdict"], *numbers, *counts])
-    tables.show("verdicts", columns, rows, left=4)
-
-
-def show_calibrations(found: list[dict[str, Any]]) -> None:
-    """Calibrations, one a line."""
-    from dod_pipeline import tables
-
-    columns = ["time", "checkpoints", "tolerance", "spread", "blocks", "samples"]
-    rows = []
-    for row in found:
-        names = ", ".join(one["checkpoint"] for one in row["retrains"])
-        numbers = [f"{row['tolerance']:.3f}", f"{row['spread']:.3f}", str(len(row["seeds"])), str(row["num_samples"])]
-        rows.append([tables.moment(row["time"]), names, *numbers])
-    tables.show("calibrations", columns, rows, left=2)

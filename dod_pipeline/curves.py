@@ -38,6 +38,61 @@ def point(row: dict[str, Any]) -> tuple[float, float | None]:
     return value, error[0] if error else None
 
 
+WAY = ("experiment", "checkpoint", "stage", "guidance", "sampler", "seed")  # to sample: what tells two apart
+
+
+class Priced(NamedTuple):
+    """One way to sample a checkpoint, beside the one of its ways that takes the least arithmetic."""
+
+    checkpoint: str
+    stage: int
+    guidance: float | None
+    sampler: str | None
+    value: float
+    gained: float  # by how much the metric is better than the cheapest way's
+    gflops: float  # of a sample, earlier stages included, attention's products too; so are seconds
+    seconds: float | None
+    gflops_per_point: float | None  # more arithmetic than the cheapest way's, by point gained; None where none is
+    seconds_per_point: float | None
+
+
+def cost_per_point(found: Rows, *, higher: bool = False) -> list[Priced]:
+    """Comparable records of one metric -> a line for each way to sample a checkpoint, the cheapest first. Of equal ways
+    the newest counts; `higher`: the better."""
+    check_comparable(found)
+    ways: dict[Any, dict[str, Any]] = {}
+    for row in found:  # oldest first
+        if isinstance(row["stage"], int) and row["gflops_true"] is not None:
+            ways[tuple(row[name] for name in WAY)] = row
+    checkpoints: dict[tuple[str, str], Rows] = {}
+    for row in ways.values():
+        checkpoints.setdefault((row["experiment"], row["checkpoint"]), []).append(row)
+    lines = []
+    for rows in checkpoints.values():
+        first, *rest = sorted(rows, key=lambda row: (row["gflops_true"], row["stage"]))
+        lines += [priced(row, first, higher=higher) for row in (first, *rest)]
+    if not lines:
+        raise ValueError("none of these records says what its samples took; `dod run EXPERIMENT` makes some that do")
+    return lines
+
+
+def priced(row: dict[str, Any], cheapest: dict[str, Any], *, higher: bool) -> Priced:
+    """A way to sample beside the cheapest one."""
+    value, base = point(row)[0], point(cheapest)[0]
+    gained = value - base if higher else base - value
+    seconds, least = (one["seconds"] and one["seconds"] / one["num_samples"] for one in (row, cheapest))
+    known = None not in (seconds, least)
+    return Priced(
+        **{name: row[name] for name in ("checkpoint", "stage", "guidance", "sampler")},
+        value=value,
+        gained=gained,
+        gflops=row["gflops_true"],
+        seconds=seconds,
+        gflops_per_point=(row["gflops_true"] - cheapest["gflops_true"]) / gained if gained > 0 else None,
+        seconds_per_point=(seconds - least) / gained if gained > 0 and known else None,
+    )
+
+
 Points = list[tuple[float, float, float | None]]  # step, value, and its standard error where the record has one
 
 

@@ -82,9 +82,9 @@ class Selection:
             self.connection.execute(f"SELECT CAST(? AS {self.types[name]})", [value]).fetchall()
         except duckdb.ConversionException:
             raise ValueError(f"--where {condition!r}: {value!r} is no {self.types[name].lower()}") from None
-        if operator in ("=", "!=") and "*" in value and self.types[name] == "VARCHAR":
-            return self.keep(name, f'{"NOT " if operator == "!=" else ""}"{name}" GLOB ?', value)
-        self.keep(name, f'"{name}" {operator} CAST(? AS {self.types[name]})', value)
+        like = operator in ("=", "!=") and "*" in value and self.types[name] == "VARCHAR"
+        compared = "GLOB ?" if like else f"{operator.removeprefix('!')} CAST(? AS {self.types[name]})"
+        self.keep(name, f'("{name}" {compared}){" IS NOT TRUE" if operator == "!=" else ""}', value)
 
     def fetch(self, columns: str, rest: str = "") -> list[Any]:
         """Columns of what matches; all that is given here is ours."""

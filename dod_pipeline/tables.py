@@ -139,6 +139,29 @@ def history(records: list[dict[str, Any]]) -> None:
     show("history", columns, rows)
 
 
+def verdicts(found: list[dict[str, Any]]) -> None:
+    """Verdicts, one a line."""
+    columns = ["time", "candidate", "incumbent", "verdict", "difference", "interval", "tolerance", "blocks", "samples"]
+    rows = []
+    for row in found:
+        names = [row[role]["checkpoint"] for role in ("candidate", "incumbent")]
+        numbers = [f"{row['mean']:+.3f}", f"{row['lower']:+.3f} to {row['upper']:+.3f}", f"{row['tolerance']:.3f}"]
+        counts = [str(len(row["differences"])), str(row["num_samples"])]
+        rows.append([moment(row["time"]), *names, row["verdict"], *numbers, *counts])
+    show("verdicts", columns, rows, left=4)
+
+
+def calibrations(found: list[dict[str, Any]]) -> None:
+    """Calibrations, one a line."""
+    columns = ["time", "checkpoints", "tolerance", "spread", "blocks", "samples"]
+    rows = []
+    for row in found:
+        names = ", ".join(one["checkpoint"] for one in row["retrains"])
+        numbers = [f"{row['tolerance']:.3f}", f"{row['spread']:.3f}", str(len(row["seeds"])), str(row["num_samples"])]
+        rows.append([moment(row["time"]), names, *numbers])
+    show("calibrations", columns, rows, left=2)
+
+
 def moment(time: str) -> str:
     """A time as tables show it, to the second."""
     return time[:19].replace("T", " ")

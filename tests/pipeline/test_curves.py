@@ -95,3 +95,26 @@ def test_a_condition_separates_what_no_name_does(here: Path):
 def test_floors_alone_have_no_step(here: Path):
     with pytest.raises(ValueError, match="only floors match, which have no step; leave --stage out"):
         selected(stage="floor")
+
+
+def test_a_point_costs_what_is_spent_over_the_cheapest_way_by_what_is_gained(here: Path, capsys: Captured):
+    ways = [(1, None, 10.0, 6.0, 7.0), (2, 2.0, 40.0, 3.0, 28.0), (2, 8.0, 40.0, 6.5, None), (2, 4.0, 40.0, 2.0, None)]
+    for stage, guidance, gflops, fid, seconds in ways:
+        said = {
+            "stage": stage,
+            "guidance": guidance,
+            "gflops_true": gflops,
+            "seconds": seconds,
+            "metrics": {"fid": fid},
+        }
+        put(row=f"{stage}-{guidance}", step=8, checkpoint="tiny-8", **said)
+    first, *rest = curves.cost_per_point(history.query(ledger.HISTORY, metric="fid"))
+    assert (first.stage, first.gained, first.seconds, first.gflops_per_point) == (1, 0.0, 0.1, None)
+    told = {line.guidance: (line.gained, line.gflops_per_point, line.seconds_per_point) for line in rest}
+    assert told == {2.0: (3.0, 10.0, pytest.approx(0.1)), 8.0: (-0.5, None, None), 4.0: (4.0, 7.5, None)}
+    assert cli.main(["history", "--cost", "--csv", "--checkpoint", "tiny-8", "--where", "guidance!=8"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("tiny-8,1,,")
+    (best, *_) = curves.cost_per_point(history.query(ledger.HISTORY, metric="fid"), higher=True)
+    assert best.gained == 0
+    with pytest.raises(ValueError, match="none of these records says what its samples took"):
+        curves.cost_per_point(history.query(ledger.HISTORY, metric="fid", checkpoint="tiny-4"))
