@@ -111,7 +111,8 @@ def test_after_any_change_dagster_says_what_dvc_status_says(tmp_path: Path):
     clone = project.clone(tmp_path / "clone")
     clone.dvc("pull")
     assert clone.files().keys() == project.files().keys()
-    made = {path: (project.root / path).read_bytes() for path in clone.files()}
+    paths = clone.files().keys() - {"dvc.lock"}  # there, --force states anew what a frozen stage could be made from
+    made = {path: (project.root / path).read_bytes() for path in paths}
     clone.dvc("repro", "--force")
-    assert {path: (clone.root / path).read_bytes() for path in clone.files()} == made
+    assert {path: (clone.root / path).read_bytes() for path in paths} == made
     assert clone.outs() == project.outs()
