@@ -38,7 +38,7 @@ def do_compare(given: argparse.Namespace) -> int:
     """Print both records' metrics, and what differs between them; a ValueError says why they can't be compared."""
     from dod_pipeline import compare, history, tables
 
-    a, b = (compare.find(name) for name in (given.a, given.b))
+    a, b = compare.find([given.a, given.b])
     compare.check(a, b)
     found, differing = compare.lines(a, b), compare.differing(a, b)
     if given.format == "json":

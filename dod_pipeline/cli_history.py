@@ -136,7 +136,7 @@ def show_table(title: str, answer: "Table", how: str) -> int:
 
 def some(found: "Selection") -> list[dict[str, Any]]:
     """The records that match; ValueError if none do."""
-    rows = found.records()
+    rows = found.measured()
     if not rows:
         raise ValueError("no such record; `dod history` lists what there is, `dod run EXPERIMENT` makes some")
     return rows
@@ -216,7 +216,7 @@ def show_difference(first: str, second: str, root: str, how: str) -> int:
     """Print what changed from one record to another."""
     from dod_pipeline import compare, tables
 
-    a, b = (compare.find(name, root) for name in (first, second))
+    a, b = compare.find([first, second], root)
     changed = {
         "fields": compare.changed_fields(a, b),
         "settings": compare.changed_settings(a, b, root),
@@ -259,7 +259,7 @@ def do_lineage(given: argparse.Namespace) -> int:
     """Print what a record's number was made from, and the commands that make it again."""
     from dod_pipeline import compare, lineage, tables
 
-    record = compare.find(given.record, given.root)
+    (record,) = compare.find([given.record], given.root)
     if given.json:
         print(json.dumps(lineage.as_json(record), indent=1))
         return 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,21 +29,26 @@ class Line(NamedTuple):
     b_error: float | None
 
 
-def find(name: str, root: Path | str = HISTORY) -> dict[str, Any]:
-    """The record whose id begins so; or of a checkpoint KEY, or KEY:STAGE, the newest of stage `metrics`."""
+def find(names: Sequence[str], root: Path | str = HISTORY) -> list[dict[str, Any]]:
+    """For each name the record whose id begins so, or of a checkpoint KEY, or KEY:STAGE, the newest of `metrics`."""
+    records = history.Selection(root)
+    return [pick(name, records) for name in names]
+
+
+def pick(name: str, records: history.Selection) -> dict[str, Any]:
+    """One of these records by its name."""
     key, _, stage = name.partition(":")
-    where = ["job=metrics"]
-    found = history.Selection(root, checkpoint=key, stage=stage or STAGE, where=where).records(newest=1)
-    if not found and ID.fullmatch(name):
-        found = history.Selection(root, where=[f"id={name}*"]).records()
-        if len(found) > 1:
-            raise ValueError(f"{name!r}: the ids of {len(found)} records begin so; give more digits")
-    if not found:
+    rows = records.within(["job=metrics"], checkpoint=key, stage=stage or STAGE).records(newest=1)
+    if not rows and ID.fullmatch(name):
+        rows = records.within([f"id={name}*"]).records()
+        if len(rows) > 1:
+            raise ValueError(f"{name!r}: the ids of {len(rows)} records begin so; give more digits")
+    if not rows:
         raise ValueError(
             f"{name!r} is neither a record's id nor a checkpoint with a record of stage {stage or STAGE}; "
             "`dod history` lists the ids, `dod run EXPERIMENT` makes records"
         )
-    return found[-1]
+    return rows[0]
 
 
 def check(a: dict[str, Any], b: dict[str, Any]) -> None:

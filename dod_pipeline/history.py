@@ -1,11 +1,12 @@
 """Questions to the append-only history; each one brings the index of the records up to date and then asks DuckDB."""
 
+import copy
 import csv
 import io
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TextIO
@@ -45,12 +46,8 @@ class Selection:
         self.connection = catalogue.opened(self.folder, provisional=provisional)
         self.types = {str(row[0]): str(row[1]) for row in self.connection.execute("DESCRIBE items").fetchall()}
         self.parts, self.values, self.filtered = ["kind = ?"], [kind], set[str]()
-        for name, value in {"experiment": experiment, "checkpoint": checkpoint, "stage": stage}.items():
-            if value is not None:
-                self.keep(name, f"{name} = ?", value)
-        for condition in where:
-            self.add(condition)
         self.metric = metric
+        self.add({"experiment": experiment, "checkpoint": checkpoint, "stage": stage}, where)
         if metric is not None and self.metrics:
             if metric not in self.metrics:
                 raise ValueError(f"--metric {metric!r}: no record has it; they have {', '.join(self.metrics)}")
@@ -67,7 +64,22 @@ class Selection:
         self.values.extend(values)
         self.filtered.add(name)
 
-    def add(self, condition: str) -> None:
+    def add(self, equal: Mapping[str, str | None], where: Iterable[str] = ()) -> None:
+        """Filters: what columns must be equal to, unless that is None, and conditions."""
+        for name, value in equal.items():
+            if value is not None:
+                self.keep(name, f"{name} = ?", value)
+        for condition in where:
+            self.require(condition)
+
+    def within(self, where: Iterable[str] = (), **equal: str) -> "Selection":
+        """Those of these records that match more filters; the index is as this selection found it."""
+        found = copy.copy(self)
+        found.parts, found.values, found.filtered = [*self.parts], [*self.values], {*self.filtered}
+        found.add(equal, where)
+        return found
+
+    def require(self, condition: str) -> None:
         """A condition such as `num_samples=50000`, `fid<2`, `extractor=inception*` or `guidance!=none`."""
         found = CONDITION.fullmatch(condition)
         if found is None:
@@ -109,6 +121,21 @@ class Selection:
     def records(self, *, newest: int = 0) -> Rows:
         """What matches as dictionaries; where a metric was asked for, with only that number and its error."""
         return self.narrowed(self.texts(newest=newest))
+
+    def measured(self) -> Rows:
+        """What matches as the index has it: records with the metric that was asked for, and without their sources."""
+        assert self.metric is not None
+        kept = [name for name in (self.metric, f"{self.metric}_error") if name in self.types]
+        shown = [name for name in catalogue.COLUMNS if name in self.types]
+        found = []
+        for values in self.listed(", ".join(f'"{name}"' for name in (*shown, *kept))):
+            row = dict(zip((*shown, *kept), values, strict=True))
+            name, digest = row["extractor"], row.pop("extractor_digest")
+            row |= {"time": f"{row['time'].isoformat()}Z", "extractor": name and {"name": name, "digest": digest}}
+            row["stage"] = int(row["stage"]) if row["stage"].isdigit() else row["stage"]
+            metrics = {name: value for name in kept if (value := row.pop(name)) is not None}
+            found.append(row | {"metrics": metrics})
+        return found
 
     def narrowed(self, texts: Iterable[str]) -> Rows:
         """Records without the metrics that were not asked for."""

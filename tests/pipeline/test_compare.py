@@ -39,7 +39,7 @@ def put(name: str, *, hours: int = 0, job: str = "metrics", checkpoint: str = "a
 
 
 def row_of(name: str) -> str:
-    return str(compare.find(name)["row"])
+    return str(compare.find([name])[0]["row"])
 
 
 def test_a_checkpoint_stands_for_its_newest_own_record():
@@ -49,12 +49,12 @@ def test_a_checkpoint_stands_for_its_newest_own_record():
 
 def test_an_id_may_be_cut_short(monkeypatch: pytest.MonkeyPatch):
     (swept,) = (row for row in history.query() if row["row"] == "swept")
-    assert compare.find(swept["id"]) == compare.find(swept["id"][:12]) == swept
+    assert compare.find([swept["id"], swept["id"][:12]]) == [swept, swept]
     with pytest.raises(ValueError, match="'0123' is neither a record's id"):
-        compare.find("0123")
+        compare.find(["0123"])
     monkeypatch.setattr(compare, "ID", re.compile(""))
     with pytest.raises(ValueError, match="'': the ids of 10 records begin so; give more digits"):
-        compare.find("")
+        compare.find([""])
 
 
 @pytest.mark.parametrize("name", ["c", "a:3", "b:1", "old-metrics"])

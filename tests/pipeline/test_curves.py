@@ -39,6 +39,23 @@ def test_records_become_series_by_stage_and_floors(here: Path):
     )
 
 
+def test_the_index_says_of_a_metric_what_the_records_say(here: Path):
+    put(
+        row="z",
+        step=8,
+        checkpoint="tiny-8",
+        stage=2,
+        guidance=None,
+        metrics={"sfid": 9.0, "fid_error": 0.1, "fid": 2.0},
+    )
+    found = history.Selection(ledger.HISTORY, metric="fid")
+    told = found.measured()
+    assert len(told) == 9
+    for brief, whole in zip(told, found.records(), strict=True):
+        assert brief == {name: whole[name] for name in brief}
+        assert whole.keys() - brief.keys() == {"kind", "sources"}
+
+
 def test_other_settings_of_a_stage_are_a_series_of_their_own_and_the_newest_of_equal_ones_counts(here: Path):
     put(row="z", stage=2, guidance=4.0, metrics={"fid": 2.0})
     put(row="zz", stage=1, metrics={"fid": 5.5})
