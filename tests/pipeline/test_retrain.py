@@ -163,8 +163,8 @@ def test_a_candidate_in_the_latents_of_another_codec_is_not_compared(shared: Pro
 def test_retrains_are_judged_under_the_gate_that_their_experiment_has_now():
     values = params(Path("images"))
     values["experiments"]["tiny-r1"] = values["experiments"]["tiny"] | {"gate": {"tolerance": 1.0}}
-    values["checkpoints"]["tiny-r1-6"] = {"experiment": "tiny-r1", "data": "tiny", "step": 6}
+    values["checkpoints"]["tiny-r1-240"] = {"experiment": "tiny-r1", "data": "tiny", "step": 240}
     loaded = Params.parse(values, place="")
-    same = retrain.under_one_gate(loaded, "tiny", ["tiny-r1-6", "tiny-6"])
+    same = retrain.under_one_gate(loaded, "tiny", ["tiny-r1-240", "tiny-240"])
     assert {one.gate.tolerance for one in same.experiments.values()} == {1000.0}
     assert loaded.experiments["tiny-r1"].gate.tolerance == 1.0
