@@ -19,7 +19,7 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo ui demo-seeds bench-model bench-evaluate bench-gate verify-adm test test-slow soak lint audit lock clean
+.PHONY: help setup demo ui demo-seeds bench-model bench-evaluate bench-gate verify-adm test test-slow ray soak lint audit lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -50,7 +50,9 @@ verify-adm: setup ## our numbers of ADM's published samples beside ADM's: fetche
 test: setup ## the tests that need no accelerator, with the coverage gate
 	$(run) .venv/bin/python -m pytest -n 2 -m "not slow and not gpu" --benchmark-disable --cov
 
-test-slow: setup ## the tests that take more than a minute
+ray: .venv/.ray ## add Ray to .venv, for `deployment.compute: ray` and `make test-slow`
+
+test-slow: setup ray ## the tests that take more than a minute, those on a Ray cluster among them
 	$(run) .venv/bin/python -m pytest -m "slow and not gpu" --benchmark-disable
 
 soak: setup ## kill a training at 500 random instants (another number: KILLS=50)
@@ -107,6 +109,11 @@ endif
 	@install -m 755 infra/dvc-launcher.sh .venv/bin/dvc
 	@install -m 644 infra/dagster-home.pth .venv/lib/python3.*/site-packages
 	@rm .venv/.installing
+	@touch $@
+
+.venv/.ray: .venv/.installed requirements/ray.txt
+	$(say) "installing requirements/ray.txt into .venv"
+	@$(uv) pip install $(quiet) --python .venv/bin/python --require-hashes --compile-bytecode --requirement requirements/ray.txt
 	@touch $@
 
 .venv-dvc/.installed: requirements/dvc.txt | .venv/.uv

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from benchmarks import clone
 from dod_pipeline import gate, paired, trials
-from dod_pipeline.config import Gate, load_params
+from dod_pipeline.config import Deployment, Gate, load_params
 
 SEEDS = tuple(range(6))
 FULL, HALF = 1500, 750  # steps
@@ -129,7 +129,7 @@ def sampled(folder: Path) -> Fids:
     trials.check_alike(list(subjects.values()))
     trials.check_retrains([subjects[seed, FULL] for seed in SEEDS])
     seeds = trials.seeds_of(subjects[0, FULL])
-    return cache(lambda seed, step, block: gate.fid_of(subjects[seed, step], seeds)(block))
+    return cache(lambda seed, step, block: gate.fid_of(subjects[seed, step], seeds, Deployment())(block))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -91,14 +91,18 @@ class ImageFolder:
 
     def __init__(self, dataset: Path, split: str) -> None:
         manifest = artifact.verify(dataset, schema=SCHEMA, only=f"{split}.jsonl")
-        root = manifest["about"]["root"]
-        self.root = dataset / "images" if root is None else local_copy(root)
+        self.dataset, self.stated = dataset, manifest["about"]["root"]
         self.classes: list[str] = artifact.read_json(dataset / "classes.json")
         with (dataset / f"{split}.jsonl").open() as lines:
             self.entries = [Entry(**json.loads(line)) for line in lines]
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @cached_property
+    def root(self) -> Path:
+        """Where they lie; who only counts them need not have them."""
+        return self.dataset / "images" if self.stated is None else local_copy(self.stated)
 
     @property
     def labels(self) -> np.ndarray:

@@ -133,7 +133,7 @@ def do_stage(given: argparse.Namespace) -> int:
 
         lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
-    from dod_pipeline import costs, fetch, launch, listing, provisional, records, sources, stages
+    from dod_pipeline import cluster, costs, fetch, launch, listing, provisional, records, sources, stages
     from dod_pipeline.config import load_params
 
     params = load_params()
@@ -145,16 +145,16 @@ def do_stage(given: argparse.Namespace) -> int:
         return 0
     if job.stage == "dataset":
         listing.advise(given.key)
-    fetch.inputs(job)
+    if not cluster.takes(job.stage, params.deployment):
+        fetch.inputs(job)
     started = time.monotonic()
     with provisional.beside(params, job):
-        code = launch.run(job)
-    if code != 0 or launch.is_helper(job.stage):  # the first machine has the results
-        return code
+        ran = launch.run(job, params.deployment)
+    if ran.code != 0 or launch.is_helper(job.stage):  # the first machine has the results
+        return ran.code
     seconds = time.monotonic() - started
     sources.keep_settings(job)
-    processes = launch.processes_of(job.stage) * launch.machines_of(job.stage)[0]
-    costs.append(job, seconds=seconds, device=launch.device_name(), processes=processes)
+    costs.append(job, seconds=seconds, device=ran.device, processes=ran.processes)
     if job.stage in ("metrics", "sweeps"):
         for record in records.records(params, job):
             records.append(record)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
@@ -143,11 +144,23 @@ class Versioning(Frozen):
 Owner = Annotated[str, StringConstraints(pattern=r"^(team:.+|[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,7})$")]
 
 
+class Ray(Frozen):
+    """A Ray cluster: where its job server is, and what it gives a training's worker or another stage's task."""
+
+    address: str = Field("http://127.0.0.1:8265", pattern=r"^https?://[^\s@]+$")  # forwarded from the head
+    training_workers: PositiveInt = 1
+    gpus: NonNegativeInt = 1  # 0: the CPU computes
+    cpus: PositiveInt = 4
+    losses: NonNegativeInt = 20  # of nodes, after which a stage is given up
+
+
 class Deployment(Frozen):
     """What changes no result, and so is no stage's parameter: how this installation runs things and what it keeps."""
 
     storage: Storage = Storage()
     versioning: Versioning = Versioning()
+    compute: Literal["local", "ray"] = "local"
+    ray: Ray = Ray()
     owners: tuple[Owner, ...] = ()  # of every asset, as Dagster's pages show them
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, Po
 from dod_models import artifact
 from dod_models.config import Frozen
 from dod_pipeline import history, ledger, paired, trials
-from dod_pipeline.config import Params
+from dod_pipeline.config import Deployment, Params
 from dod_pipeline.ledger import HISTORY, current_commit, write_once
 from dod_pipeline.records import FOLDERS, Named, sampler_name
 from dod_pipeline.trials import Subject
@@ -78,9 +78,9 @@ class Calibration(Comparison):
     configuration: str  # sha256 of what they have in common
 
 
-def fid_of(one: Subject, seeds: dict[str, int]) -> Callable[[int], float]:
+def fid_of(one: Subject, seeds: dict[str, int], deployment: Deployment) -> Callable[[int], float]:
     """The FID of a block, sampled when it is asked for."""
-    return lambda block: trials.scores(one, block, seeds=seeds)[f"stage{trials.STAGE}"]["fid"]
+    return lambda block: trials.scores(one, block, seeds=seeds, deployment=deployment)[f"stage{trials.STAGE}"]["fid"]
 
 
 def common(first: Subject, *, seeds: list[int], tolerance: float) -> dict[str, object]:
@@ -143,8 +143,8 @@ def gate(params: Params, candidate: str, incumbent: str) -> Verdict:
     calibrated, source, calibration = calibrated_for(params, theirs)
     with artifact.locked(trials.CACHE):
         for look in paired.looks(
-            fid_of(ours, seeds),
-            fid_of(theirs, seeds),
+            fid_of(ours, seeds, params.deployment),
+            fid_of(theirs, seeds, params.deployment),
             calibrated=calibrated,
             min_blocks=settings.min_blocks,
             max_blocks=settings.max_blocks,
@@ -190,7 +190,7 @@ def calibrate(params: Params, keys: list[str]) -> Calibration:
     trials.check_retrains(retrains)
     seeds, num_blocks = trials.seeds_of(first), params.experiments[first.experiment].gate.min_blocks
     with artifact.locked(trials.CACHE):
-        fids = {one.key: [fid_of(one, seeds)(block) for block in range(num_blocks)] for one in retrains}
+        fids = {one.key: [fid_of(one, seeds, params.deployment)(block) for block in range(num_blocks)] for one in retrains}
     tolerance, spread = paired.calibrated_tolerance([fmean(found) for found in fids.values()])
     block_seeds = trials.block_seeds(seeds, num_blocks)
     return Calibration.model_validate(

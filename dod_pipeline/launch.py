@@ -1,4 +1,5 @@
-"""Where a stage's computation runs: this process, or several of them under torchrun, which accelerate picks up.
+"""Where a stage's computation runs: this process, several of them under torchrun, which accelerate picks up, or a
+cluster.
 
 `accelerate launch --cpu` would start a single process, whatever number it is told.
 """
@@ -8,9 +9,12 @@ import signal
 import subprocess
 import sys
 from types import FrameType
+from typing import NamedTuple
 
 from dod_models import cli
 from dod_models.config import STOPPED
+from dod_pipeline import cluster
+from dod_pipeline.config import Deployment
 from dod_pipeline.lifeline import held
 from dod_pipeline.stages import Job
 
@@ -52,7 +56,22 @@ def is_helper(stage: str) -> bool:
     return machines_of(stage)[1] > 0
 
 
-def run(job: Job) -> int:
+class Ran(NamedTuple):
+    """How a job has ended, and what computed it."""
+
+    code: int  # exit status
+    device: str  # "cpu", or the GPU's name
+    processes: int
+
+
+def run(job: Job, deployment: Deployment) -> Ran:
+    """Run the job where the deployment says."""
+    if cluster.takes(job.stage, deployment):
+        return Ran(0, *cluster.run(job, deployment))
+    return Ran(run_here(job), device_name(), processes_of(job.stage) * machines_of(job.stage)[0])
+
+
+def run_here(job: Job) -> int:
     """Run the job on this machine; returns its exit status."""
     processes, (machines, machine) = processes_of(job.stage), machines_of(job.stage)
     if processes == machines == 1:

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ def git(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", *arguments], capture_output=True, text=True)
 
 
-def current_commit() -> str | None:
-    """The commit of the working folder, with "-dirty" where code or settings differ from it; None outside of git."""
+def current_commit(paths: Sequence[str] = CODE) -> str | None:
+    """The commit of the working folder, with "-dirty" where these paths differ from it; None outside of git."""
     try:
         head = git("rev-parse", "HEAD")
-        dirty = git("diff", "--quiet", "HEAD", "--", *CODE).returncode != 0
+        dirty = git("diff", "--quiet", "HEAD", "--", *paths).returncode != 0
     except FileNotFoundError:
         return None
     return head.stdout.strip() + "-dirty" * dirty if head.returncode == 0 else None

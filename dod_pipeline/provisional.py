@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dod_models import artifact
-from dod_pipeline import launch, ledger, lifeline, records, stages
+from dod_pipeline import cluster, launch, ledger, lifeline, records, stages
 from dod_pipeline.config import Params
 from dod_pipeline.stages import Job
 
@@ -107,7 +107,7 @@ def follow(params: Params, experiment: str, *, watch: bool) -> None:
 
 def score(params: Params, experiment: str, one: Saved) -> None:
     """Compute a step's scores, unless a killed process did, and tell the history and Dagster."""
-    if not one.job.out.exists() and launch.run(one.job) != 0:
+    if not one.job.out.exists() and launch.run_here(one.job) != 0:
         raise OSError(f"the scores of step {one.step} of {experiment} failed, as said above")
     trial = artifact.read_json(one.job.out)
     for record in rows_of(experiment, one, trial):
@@ -177,6 +177,9 @@ def beside(params: Params, job: Job) -> Iterator[None]:
     """While a training runs, have its steps scored by a child, if its experiment asks for that. It ends with this block
     or with this process, and whatever becomes of it is no concern of the training's."""
     asked = params.experiments[job.key].provisional if job.stage == "train" else None
+    if asked is not None and cluster.takes(job.stage, params.deployment):
+        print("no provisional scores: the training's steps lie on the cluster", flush=True)
+        asked = None
     if asked is None or launch.is_helper(job.stage):
         yield
         return

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dod_models import artifact
 from dod_models.config import Frozen
 from dod_pipeline import launch, stages
-from dod_pipeline.config import Params, Settings
+from dod_pipeline.config import Deployment, Params, Settings
 
 CACHE = Path(".state", "gate")
 STAGE = 2  # the last one: its FID is compared
@@ -166,12 +166,14 @@ def expected(one: Subject) -> dict[str, Any]:
     return {"weights": one.weights, "reference": one.measure.reference, "codec": one.measure.codec}
 
 
-def scores(one: Subject, block: int, *, seeds: dict[str, int]) -> dict[str, dict[str, float]]:
+def scores(
+    one: Subject, block: int, *, seeds: dict[str, int], deployment: Deployment
+) -> dict[str, dict[str, float]]:
     """Scores of each stage in a block, from `.state/gate/` or computed now."""
     wanted = job(one, block, seeds=seeds)
     if not wanted.out.is_file():
         print(f"block {block} of {one.key}", flush=True)
-        if launch.run(wanted) != 0:
+        if launch.run(wanted, deployment).code != 0:
             raise OSError(f"block {block} of {one.key} failed, as said above; what was finished stays: run it again")
     trial = artifact.read_json(wanted.out)
     if {name: trial[name] for name in expected(one)} != expected(one):

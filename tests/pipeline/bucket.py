@@ -63,15 +63,15 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[S3]:
+def serve(folder: Path, *, address: str = "127.0.0.1") -> Iterator[S3]:
     """A server on ports of its own that keeps its data in the folder; it dies with this process."""
     access = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"], "name": "tests"}
     (folder / "access.json").write_text(json.dumps({"identities": [access]}))
     ports = free_ports(2 * len(ROLES))
     named = [f"-{role}.port{kind}={ports.pop()}" for role in ROLES for kind in ("", ".grpc")]
-    words = [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-filer", "-s3"]
+    words = [f"-dir={folder}", f"-ip={address}", f"-ip.bind={address}", "-master.telemetry=false", "-filer", "-s3"]
     words += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder / 'access.json'}", *named]
-    endpoint = f"http://127.0.0.1:{named[-2].partition('=')[2]}"
+    endpoint = f"http://{address}:{named[-2].partition('=')[2]}"
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(held([str(WEED), "server", *words]), stdout=log, stderr=log)
     try:

@@ -1,0 +1,122 @@
+"""What a machine of a cluster does for a parcel: it brings the inputs, computes a part or the whole, uploads the result.
+
+Several processes of a machine share its copy of the inputs. Ray is not imported here.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+
+from dod_models import artifact, cli
+from dod_models.config import CACHE, this_process
+from dod_models.sweeps import TOOK
+from dod_pipeline import fetch, objects
+from dod_pipeline.launch import device_name
+from dod_pipeline.mirror import mirrored
+from dod_pipeline.parcel import Mark, Parcel, Result
+from dod_pipeline.s3 import Bucket
+from dod_pipeline.stages import Job
+
+SHARD_FOLDERS = ("out", "done")  # of a work folder, as dod_models.shards has them
+
+
+class StageError(Exception):
+    """The stage has said why on stderr; another machine would say the same."""
+
+
+class Node:
+    """This machine, with a parcel."""
+
+    def __init__(self, parcel: Parcel) -> None:
+        cache = Path(os.environ.get(CACHE, Path.home() / ".cache" / "dod")).absolute()
+        os.environ[CACHE] = str(cache)  # of copies of what configs name in s3://
+        self.parcel, self.cache = parcel, cache
+        self.root, self.bucket = cache / "parcels" / parcel.id, Bucket(parcel.storage)
+
+    @cached_property
+    def job(self) -> Job:
+        """The job on this machine, its inputs brought here by one process at a time."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            data = Bucket(f"{self.parcel.storage}/{objects.FOLDER}")
+            for name, content in self.parcel.inputs.items():
+                objects.pull(data, content, self.root / "inputs" / name, cache=self.cache)
+            job = self.parcel.job(self.root)
+            fetch.inputs(job)
+        return job
+
+    def compute(self, job: Job) -> None:
+        """Run the stage in this process."""
+        if cli.main(job.arguments()) != 0:
+            raise StageError(f"{self.parcel.stage} of {self.parcel.key} failed, as said above")
+
+    def shard(self, index: int) -> str:
+        """Make one shard in a folder of its own, upload it, then its mark; returns what computed it."""
+        state = self.root / "shards" / str(index)
+        job = self.job._replace(inputs=self.job.inputs | {"state": state})
+        with process(index, self.parcel.shards):
+            self.compute(job)
+        work = state / self.parcel.work
+        found = sorted(p for folder in SHARD_FOLDERS for p in (work / folder).glob("[!.]*"))
+        if not found:
+            raise StageError(
+                f"{self.parcel.id}: the work on this machine is another than that of who sent it: its torch or its code "
+                "differs; start the cluster from the image of the same commit"
+            )
+        names = {path: f"{self.parcel.state}/{path.relative_to(work).as_posix()}" for path in found}
+        mark = Mark(objects=tuple(self.bucket.upload(path, name) for path, name in names.items()), device=device_name())
+        self.bucket.write(self.parcel.mark(index), mark.canonical().encode())
+        shutil.rmtree(state)
+        return mark.device
+
+    def train(self) -> None:
+        """Train as one of several processes; the first one's states and checkpoints are mirrored to the bucket."""
+        first = this_process().rank == 0
+        work = self.job.inputs["state"] / self.parcel.work
+        with mirrored(f"{self.parcel.storage}/{self.parcel.state}", work) if first else nullcontext():
+            self.compute(self.job)
+        if first:
+            self.deliver()
+
+    def whole(self) -> None:
+        """Compute the stage in one piece."""
+        self.compute(self.job)
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Upload what was made, then the result that names it."""
+        made = {"out": self.job.out, "facts": self.job.facts, "picture": self.job.inputs.get("picture")}
+        if self.parcel.stage == "sweeps":
+            made["took"] = self.job.inputs["state"] / TOOK
+        files = {name: objects.content_of(path) for name, path in made.items() if path is not None and path.exists()}
+        data = Bucket(f"{self.parcel.storage}/{objects.FOLDER}")
+        for name, content in files.items():
+            path = made[name]
+            assert path is not None
+            objects.push(data, path, content)
+        self.finish(Result(parcel=self.parcel.digest, devices=(device_name(),), files=files))
+
+    def finish(self, result: Result) -> None:
+        """Say that all is there."""
+        self.bucket.write(self.parcel.result, result.canonical().encode())
+
+
+@contextmanager
+def process(rank: int, world: int) -> Iterator[None]:
+    """Be one of several processes, as the environment states it; the GPUs that this one sees are its own."""
+    stated = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
+    before = {name: os.environ.get(name) for name in stated}
+    os.environ.update(stated)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,136 @@
+"""Files and folders by content, in S3 under the names that DVC's remote gives them: what DVC has pushed is there already.
+
+A content is a list of files with their md5, which is a name here and no proof: stages check the sha256 of manifests.
+"""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import NonNegativeInt, StringConstraints, field_validator
+
+from dod_models.config import Frozen
+from dod_models.images import in_order
+from dod_pipeline.s3 import Bucket
+
+FOLDER = "dvc"  # below the storage's URL: DVC's remote
+ITSELF = "."  # the path of a content that is a single file
+AHEAD = 16  # transfers at a time
+
+
+class File(Frozen):
+    """A file of a content."""
+
+    path: str  # relative to the folder
+    md5: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    size: NonNegativeInt
+
+    @field_validator("path")
+    @classmethod
+    def check_path(cls, path: str) -> str:
+        """It leads nowhere else."""
+        if path != ITSELF and (path.startswith("/") or {"", ".", ".."} & set(path.split("/"))):
+            raise ValueError("must be a path below its folder")
+        return path
+
+    @property
+    def object(self) -> str:
+        """Its name in DVC's remote."""
+        return f"files/md5/{self.md5[:2]}/{self.md5[2:]}"
+
+
+Content = tuple[File, ...]
+
+
+def content_of(path: Path) -> Content:
+    """What a file or a folder holds, hidden files and work in progress left out."""
+    if path.is_file():
+        return (described(path, ITSELF),)
+    found = (p.relative_to(path) for p in path.rglob("*") if p.is_file())
+    names = sorted(p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts))
+    return tuple(in_order(lambda name: described(path / name, name), names, ahead=AHEAD))
+
+
+def described(path: Path, name: str) -> File:
+    """A file's digest and size."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    return File(path=name, md5=digest, size=path.stat().st_size)
+
+
+def place(root: Path, file: File) -> Path:
+    """Where a file of a content lies below `root`."""
+    return root if file.path == ITSELF else root / file.path
+
+
+def push(bucket: Bucket, root: Path, content: Content) -> int:
+    """Upload the files that the bucket lacks; how many those were."""
+    return sum(in_order(partial(push_one, bucket, root), unique(content), ahead=AHEAD))
+
+
+def push_one(bucket: Bucket, root: Path, file: File) -> bool:
+    """Upload a file unless one of its digest and size is there."""
+    known = bucket.find(file.object)
+    if known is not None and known.size == file.size:
+        return False
+    bucket.upload(place(root, file), file.object)
+    return True
+
+
+def pull(bucket: Bucket, content: Content, target: Path, *, cache: Path) -> None:
+    """Make `target` hold the content, out of a cache that is filled from the bucket: hard links, not to be written to.
+
+    Whoever shares the cache may do the same at once.
+    """
+    for _ in in_order(partial(keep, bucket, cache=cache), unique(content), ahead=AHEAD):
+        pass
+    for file in content:
+        path = place(target, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.link(cache / file.object, path)
+
+
+def keep(bucket: Bucket, file: File, *, cache: Path) -> None:
+    """Have a file in the cache."""
+    path = cache / file.object
+    if path.is_file() and path.stat().st_size == file.size:
+        return
+    beside = path.with_name(f".{uuid.uuid4().hex}.partial")
+    fetch(bucket, file, beside)
+    beside.chmod(0o444)
+    os.replace(beside, path)
+
+
+def fetch(bucket: Bucket, file: File, path: Path) -> None:
+    """Fetch a file to its place; ConnectionError if it isn't there, or isn't what its name says."""
+    known = bucket.find(file.object)
+    if known is None:
+        raise ConnectionError(f"{bucket.url}/{file.object}: not there, for {file.path}; push it again: `dvc push`")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bucket.download(known, path)
+    if (found := described(path, file.path)) != file:
+        path.unlink()
+        raise ConnectionError(
+            f"{bucket.url}/{file.object}: its md5 is {found.md5}, which is not its name: replaced or damaged there; "
+            "remove it and push it again: `dvc push`"
+        )
+
+
+def unique(content: Iterable[File]) -> list[File]:
+    """One file for each digest."""
+    return list({file.md5: file for file in content}.values())
+
+
+def clear(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,123 @@
+"""`python -m dod_pipeline.ray_driver s3://BUCKET/PREFIX ID`: a job of a Ray cluster, which computes a parcel on its nodes.
+
+It runs on the head and computes nothing itself. A training is Ray Train's TorchTrainer around the unchanged stage; other
+stages are a task for each shard, or one for the whole: losing a node costs one of them. What a stage says of its input
+is told once; what a node's loss breaks is computed again.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from dod_pipeline.config import Ray
+from dod_pipeline.node import Node, StageError
+from dod_pipeline.parcel import Parcel, Result
+from dod_pipeline.s3 import reaching
+
+
+def read_parcel(storage: str, name: str) -> Parcel:
+    """The parcel that was sent."""
+    with reaching(storage) as bucket:
+        found = bucket.read(f"parcels/{name}/parcel.json")
+    if found is None:
+        raise FileNotFoundError(f"{storage}/parcels/{name}/parcel.json: not there; send it again")
+    return Parcel.load(found[0].decode())
+
+
+def node(parcel: str) -> Node:
+    """This machine, with a parcel in JSON."""
+    return Node(Parcel.load(parcel))
+
+
+@ray.remote
+def make_shard(parcel: str, index: int) -> str:
+    """Make a shard on a node."""
+    return node(parcel).shard(index)
+
+
+@ray.remote
+def make_whole(parcel: str) -> None:
+    """Compute a stage on a node."""
+    node(parcel).whole()
+
+
+def train_together(given: dict[str, str]) -> None:
+    """What each of Ray Train's workers does. It begins anew what raises, which a stage's own error is no reason for."""
+    try:
+        node(given["parcel"]).train()
+    except StageError as error:
+        print(error, file=sys.stderr, flush=True)
+
+
+def options(cluster: Ray) -> dict[str, Any]:
+    """Of a task: what it needs, and how often it is begun again when its node is lost."""
+    return {
+        "num_cpus": cluster.cpus,
+        "num_gpus": cluster.gpus,
+        "max_retries": cluster.losses,
+        "scheduling_strategy": "SPREAD",
+    }
+
+
+def train(parcel: Parcel) -> None:
+    """Train with as many workers as the deployment says; after the loss of one all begin again from the last state."""
+    cluster = parcel.cluster
+    resources = {"CPU": cluster.cpus} | ({"GPU": cluster.gpus} if cluster.gpus else {})
+    trainer = TorchTrainer(
+        train_together,
+        train_loop_config={"parcel": parcel.model_dump_json()},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.training_workers, use_gpu=cluster.gpus > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(failure_config=FailureConfig(max_failures=cluster.losses)),
+    )
+    trainer.fit()
+    with reaching(parcel.storage) as bucket:
+        if bucket.find(parcel.result) is None:
+            raise StageError(f"{parcel.id}: no result, for the reason above")
+
+
+def shards(parcel: Parcel) -> None:
+    """Make the shards that lack, as many at a time as the cluster has room for."""
+    with reaching(parcel.storage) as bucket:
+        there = {mark.name for mark in bucket.objects(f"{parcel.state}/shards/")}
+        lack = [index for index in range(parcel.shards) if parcel.mark(index) not in there]
+        print(f"{parcel.stage}: {len(lack)} of {parcel.shards} shards to make", flush=True)
+        made = make_shard.options(**options(parcel.cluster))
+        waiting, devices = [made.remote(parcel.model_dump_json(), index) for index in lack], set()
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            devices |= set(ray.get(done))
+            print(f"{parcel.stage}: {parcel.shards - len(waiting)} of {parcel.shards} shards are there", flush=True)
+        result = Result(parcel=parcel.digest, devices=tuple(sorted(devices)), files={})
+        bucket.write(parcel.result, result.canonical().encode())
+
+
+def main() -> int:
+    """Compute the parcel; what went wrong is said on stderr."""
+    given = argparse.ArgumentParser(prog="python -m dod_pipeline.ray_driver", description=__doc__)
+    given.add_argument("storage")
+    given.add_argument("id")
+    named = given.parse_args()
+    try:
+        parcel = read_parcel(named.storage, named.id)
+        ray.init()
+        if parcel.stage == "train":
+            train(parcel)
+        elif parcel.shards:
+            shards(parcel)
+        else:
+            ray.get(make_whole.options(**options(parcel.cluster)).remote(parcel.model_dump_json()))
+    except (RayError, StageError, OSError, ValueError) as error:
+        print(f"{named.id}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
