@@ -236,10 +236,12 @@ def do_export(given: argparse.Namespace) -> int:
 
 def do_pull(given: argparse.Namespace) -> int:
     """Fetch outputs from DVC's remote, within `deployment.storage.timeout`."""
-    from dod_pipeline import dvc_transfer
+    from dod_pipeline import dvc_transfer, remote
     from dod_pipeline.config import load_params
 
-    dvc_transfer.pull(given.targets, root=Path(), timeout=load_params().deployment.storage.timeout)
+    storage = load_params().deployment.storage
+    remote.use(storage)
+    dvc_transfer.pull(given.targets, root=Path(), timeout=storage.timeout)
     return 0
 
 
