@@ -9,7 +9,7 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -57,24 +57,19 @@ def use(remote: Remote, *, root: Path) -> None:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        if settings_of(root, remote.name) == remote.settings:
+        known = configparser.ConfigParser(interpolation=None)
+        with suppress(configparser.Error):  # of which dvc will speak
+            known.read(root / LOCAL)
+        section = f"'remote \"{remote.name}\"'"
+        found = dict(known[section]) if known.has_section(section) else {}
+        if found == remote.settings and known.get("core", "remote", fallback=None) == remote.name:
             return
-        dvc_repo.text("remote", "add", "--local", "--force", "--default", remote.name, remote.url, root=root)
+        if found:  # `add --force` keeps what is not wanted any more
+            dvc_repo.text("remote", "remove", "--local", remote.name, root=root)
+        dvc_repo.text("remote", "add", "--local", "--default", remote.name, remote.url, root=root)
         for name, value in remote.settings.items():
             if name != "url":
                 dvc_repo.text("remote", "modify", "--local", remote.name, name, value, root=root)
-
-
-def settings_of(root: Path, name: str) -> dict[str, str] | None:
-    """What this folder's own settings say of a remote; None unless it is their default one."""
-    found = configparser.ConfigParser(interpolation=None)
-    try:
-        found.read(root / LOCAL)
-    except configparser.Error:
-        return None
-    section = f"'remote \"{name}\"'"
-    is_default = found.get("core", "remote", fallback=None) == name
-    return dict(found[section]) if is_default and found.has_section(section) else None
 
 
 def settle(known: Iterable[str], *, root: Path, timeout: float) -> None:

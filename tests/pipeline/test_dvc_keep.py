@@ -131,7 +131,7 @@ def test_a_remote_that_is_as_it_should_be_costs_no_call_of_dvc(project: Project,
     dvc_transfer.use(near, root=project.root)
     assert called == []
     dvc_transfer.use(near._replace(url="s3://other/dvc"), root=project.root)
-    assert [words[:2] for words in called] == [("remote", "add"), ("remote", "modify"), ("remote", "modify")]
+    assert [words[1] for words in called] == ["remove", "add", "modify", "modify"]
 
 
 def test_a_dead_remote_is_named(project: Project):
