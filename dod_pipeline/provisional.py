@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dod_models import artifact
-from dod_pipeline import launch, ledger, lifeline, records, stages
+from dod_pipeline import launch, ledger, lifeline, records, stages, union
 from dod_pipeline.config import Params
 from dod_pipeline.stages import Job
 
@@ -112,6 +112,7 @@ def score(params: Params, experiment: str, one: Saved) -> None:
     trial = artifact.read_json(one.job.out)
     for record in rows_of(experiment, one, trial):
         records.append(record)
+    union.sync()
     fids = {name: row["fid"] for name, row in trial["scores"].items()}
     print(f"provisional: {one.checkpoint}: " + ", ".join(f"{name} FID {fid:.4g}" for name, fid in fids.items()))
     try:
