@@ -10,7 +10,8 @@ that decide at once one reads again, so that both decisions stand in it.
 """
 
 import json
-from collections.abc import Callable import UTC, datetime
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
