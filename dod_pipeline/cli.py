@@ -134,7 +134,7 @@ def do_stage(given: argparse.Namespace) -> int:
 
         lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
-    from dod_pipeline import costs, fetch, launch, listing, provisional, records, sources, stages, union
+    from dod_pipeline import costs, fetch, launch, listing, mirror, provisional, records, sources, stages, union
     from dod_pipeline.config import load_params
 
     params = load_params()
@@ -150,8 +150,10 @@ def do_stage(given: argparse.Namespace) -> int:
         listing.advise(given.key)
     fetch.inputs(job)
     started = time.monotonic()
-    with provisional.beside(params, job):
+    with provisional.beside(params, job), mirror.beside(params, job) as forget:
         code = launch.run(job)
+        if code == 0:
+            forget()
     if code != 0 or launch.is_helper(job.stage):  # the first machine has the results
         return code
     seconds = time.monotonic() - started

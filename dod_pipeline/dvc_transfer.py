@@ -64,9 +64,7 @@ def use(remote: Remote, *, root: Path) -> None:
         found = dict(known[section]) if known.has_section(section) else {}
         if found == remote.settings and known.get("core", "remote", fallback=None) == remote.name:
             return
-        if found:  # `add --force` keeps what is not wanted any more
-            dvc_repo.text("remote", "remove", "--local", remote.name, root=root)
-        dvc_repo.text("remote", "add", "--local", "--default", remote.name, remote.url, root=root)
+        dvc_repo.text("remote", "add", "--local", "--force", "--default", remote.name, remote.url, root=root)
         for name, value in remote.settings.items():
             if name != "url":
                 dvc_repo.text("remote", "modify", "--local", remote.name, name, value, root=root)
