@@ -20,7 +20,7 @@ from dod_models.config import Frozen
 from dod_pipeline import config, stages
 from dod_pipeline.config import Params
 from dod_pipeline.ledger import current_commit
-from dod_pipeline.s3 import Bucket, ChangedError
+from dod_pipeline.s3 import Bucket, ChangedError, reaching
 from dod_pipeline.turns import turn
 
 CHAMPIONS = Path("champions")
@@ -103,7 +103,10 @@ def find(experiment: str) -> Champion | None:
 def place() -> Bucket | None:
     """The place in S3 that holds the truth, if there is one."""
     url = config.storage().url
-    return None if url is None else Bucket(url)
+    if url is None:
+        return None
+    with reaching(url) as bucket:
+        return bucket
 
 
 def known(experiment: str, bucket: Bucket | None) -> tuple[Champion | None, str | None]:

@@ -24,7 +24,7 @@ from dod_models import artifact
 from dod_models.artifact import MANIFEST, DamagedError
 from dod_pipeline import launch, stages
 from dod_pipeline.config import Params
-from dod_pipeline.s3 import CONNECTIONS, Bucket
+from dod_pipeline.s3 import CONNECTIONS, reaching
 from dod_pipeline.stages import Job
 
 INDEX, FILES = "index.json", "files"  # objects; the latter is a folder of them
@@ -48,7 +48,7 @@ Files = dict[str, File]  # by path in the work folder; what makes others whole, 
 
 
 def whole(work: Path) -> Files:
-    """What is whole: the newest resume state, then steps that were saved, at least up to it; shards that have a note."""
+    """What is whole: the newest resume state and the steps that were saved up to it at least; shards with a note."""
     found: Files = {}
     states = sorted(work.glob(f"resume/step-*/{MANIFEST}"))  # first: whatever it wants saved was saved before
     for manifest in [*sorted(work.glob(f"out/step-*/{MANIFEST}")), *states[-1:]]:
@@ -76,7 +76,8 @@ class Mirror:
     """The mirror of a work folder at s3://BUCKET/PREFIX; several threads may use it."""
 
     def __init__(self, url: str, work: Path) -> None:
-        self.bucket, self.work = Bucket(url), work
+        with reaching(url) as bucket:
+            self.bucket, self.work = bucket, work
         self.lock, self.over = threading.Lock(), False
         self.index: tuple[Files, str | None] | None = None  # what S3 has, and its ETag; None: not read yet
         self.said = ""
@@ -93,7 +94,7 @@ class Mirror:
                 try:
                     lacking = {name: file for name, file in there.items() if here.get(name) != file}
                     with ThreadPoolExecutor(CONNECTIONS) as pool:
-                        list(pool.map(lambda item: self.fetch(*item, folder / item[0]), lacking.items()))
+                        list(pool.map(lambda item: self.fetch(item[0], item[1], folder / item[0]), lacking.items()))
                 except DamagedError:
                     self.index = {}, etag
                     raise
@@ -231,7 +232,7 @@ def unheeding() -> Iterator[None]:
 
 @contextmanager
 def beside(params: Params, job: Job) -> Iterator[Callable[[], None]]:
-    """While a training runs, mirror it where `deployment.storage` says; yields what to call once its output is there."""
+    """While a training runs, mirror it where `deployment.storage` says; yields what to call once its output stands."""
     url, work = params.deployment.storage.url, stages.work_of(job)
     if url is None or work is None or launch.is_helper(job.stage):
         yield lambda: None

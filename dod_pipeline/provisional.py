@@ -80,7 +80,9 @@ def folder_of(params: Params, experiment: str) -> tuple[Path, bool]:
         manifest = artifact.read_json(job.out / artifact.MANIFEST)
         if (manifest["config"], manifest["about"]["latents"]) == (job.config.digest, latents):
             return job.out, True
-    return job.inputs["state"] / f"{job.config.digest[:16]}-{latents[:16]}" / "out", False
+    work = stages.work_of(job)
+    assert work is not None  # it is a training's, and the latents are there
+    return work / "out", False
 
 
 def follow(params: Params, experiment: str, *, watch: bool) -> None:
