@@ -60,8 +60,8 @@ def meet(bucket: Bucket, root: Path) -> None:
     write(note, there)
     each(lambda name: take(bucket, root, name), there.names - here, "fetch the history")
     if sent := each(lambda name: give(bucket, root, name), here - there.names, "upload the history"):
-        announce(bucket, sent)
-        write(note, there._replace(names=there.names.union(sent)))
+        last = announce(bucket, sent, there.last)
+        write(note, Known(there.names.union(sent), last, there.listed))
 
 
 def names_in(root: Path) -> frozenset[str]:
@@ -124,16 +124,18 @@ def give(bucket: Bucket, root: Path, name: str) -> str:
     return ""
 
 
-def announce(bucket: Bucket, names: list[str]) -> None:
-    """Append names to those that were added last."""
+def announce(bucket: Bucket, names: list[str], last: str) -> str:
+    """Append names to those that were added last; up to which of them they are known to whoever knew them up to
+    `last`."""
     while True:
         found = bucket.read(RECENT)
-        recent = [*(found[0].decode().split() if found else []), *names][-REACH:]
+        recent = found[0].decode().split() if found else []
         try:
-            bucket.write(RECENT, "\n".join(recent).encode(), etag=found[1] if found else None)
-            return
+            added = [*recent, *names][-REACH:]
+            bucket.write(RECENT, "\n".join(added).encode(), etag=found[1] if found else None)
         except ChangedError:  # another one appended meanwhile
             continue
+        return names[-1] if last == (recent[-1] if recent else "") else last
 
 
 def read(note: Path) -> Known | None:
