@@ -80,6 +80,12 @@ def local_copy(place: str) -> Path:
     return found
 
 
+def local_file(place: str) -> Path:
+    """The same for a file; s3://BUCKET/PREFIX/NAME is that of the prefix's copy."""
+    folder, _, name = place.rpartition("/")
+    return local_copy(folder) / name if place.startswith(S3) else Path(place)
+
+
 def place_of_copy(url: str) -> Path:
     """Where the copy of s3://BUCKET/PREFIX lies on this machine; ValueError if the URL is none."""
     bucket, *prefix = url.removeprefix(S3).rstrip("/").split("/")

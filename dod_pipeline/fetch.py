@@ -39,6 +39,9 @@ def inputs(job: Job) -> None:
         from dod_models.stable_diffusion import CONFIG, WEIGHTS  # late, as below: this imports torch
 
         fetch(settings["path"], {CONFIG, WEIGHTS}.__contains__, again=True)
+    if job.stage == "train" and settings["warm_start"] and is_s3(settings["warm_start"]["path"]):
+        folder, _, name = settings["warm_start"]["path"].rpartition("/")
+        fetch(folder, {name}.__contains__, again=True)
     if job.stage == "reference" and settings["extractor"] == "inception":
         from dod_models import inception, reference
 

@@ -23,6 +23,8 @@ from dod_pipeline.s3 import Bucket, Object
 
 from . import project as tiny
 from .bucket import BUCKET, S3, SECRET
+from .project import Project
+from .test_kill import Enter
 
 Captured = pytest.CaptureFixture[str]
 Fetched = Callable[[], list[str]]
@@ -279,3 +281,26 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_fetched(
 def test_without_a_copy_the_autoencoder_says_who_fetches_it():
     with pytest.raises(FileNotFoundError, match=r"s3://data/vae: no copy of it in .*; `dod stage` fetches it"):
         stable_diffusion.load("s3://data/vae")
+
+
+def test_weights_to_begin_from_are_fetched_and_checked(own: Project, inside: Enter, s3: S3, capsys: Captured):
+    inside(own)
+    file = Path("train/tiny/step-6/ema-0.9.safetensors")
+    url = f"{s3.upload(file.parent, 'warm')}/{file.name}"
+    found = {}
+    for path in (str(file), url):
+        values = own.params()
+        begin = {"path": path, "sha256": artifact.sha256_file(file)}
+        values["experiments"]["tiny"]["train"] = tiny.TRAIN | {"steps": 2, "warm_start": begin}
+        values["checkpoints"]["tiny-6"]["step"] = values["sweeps"]["tiny-6"]["step"] = 2
+        own.write_params(values)
+        kept = shutil.copy(file, own.root.parent)
+        assert cli.main(["stage", "train", "tiny"]) == 0
+        found[path] = artifact.sha256_file(Path("train/tiny/step-2", file.name))
+        file.parent.mkdir()
+        shutil.copy(kept, file)
+    assert len(set(found.values())) == 1 and not Path(".state/s3/data/warm/manifest.json").exists()
+    s3.client().put_object(Bucket=BUCKET, Key="warm/ema-0.9.safetensors", Body=b"other")
+    shutil.rmtree(".state/train")
+    assert cli.main(["stage", "train", "tiny"]) == 1
+    assert "train.warm_start.sha256 says" in capsys.readouterr().err
