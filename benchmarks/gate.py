@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from benchmarks import clone
 from dod_pipeline import gate, paired, trials
-from dod_pipeline.config import Deployment, Gate, load_params
+from dod_pipeline.config import Gate, load_params
+from dod_pipeline.deployment import Deployment
 
 SEEDS = tuple(range(6))
 FULL, HALF = 1500, 750  # steps

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 S3 = "s3://"
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]+")
+SECRET = re.compile(r"://\S*@")  # in a URL: user and password, which no message repeats
 CACHE = "DOD_CACHE"  # environment: folder that keeps local copies of what lies in S3; clones may share it
 
 Config = TypeVar("Config", bound="Frozen")  # typing.Self is beyond beartype in a class it doesn't decorate
@@ -64,7 +65,8 @@ def explain(error: ValidationError, *, place: str) -> str:
         elif item["type"] == "missing":
             lines.append(f"{place}: {key}: missing; add it")
         else:
-            lines.append(f"{place}: {key}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
+            given = SECRET.sub("://***@", repr(item["input"]))
+            lines.append(f"{place}: {key}: {item['msg'].removeprefix('Value error, ')} (got {given})")
     return "\n".join(lines)
 
 
@@ -76,6 +78,12 @@ def local_copy(place: str) -> Path:
             f"{place}: no copy of it in {found}; `dod stage` fetches it, `python -m dod_models.cli` does not"
         )
     return found
+
+
+def local_file(place: str) -> Path:
+    """The same for a file; s3://BUCKET/PREFIX/NAME is that of the prefix's copy."""
+    folder, _, name = place.rpartition("/")
+    return local_copy(folder) / name if place.startswith(S3) else Path(place)
 
 
 def place_of_copy(url: str) -> Path:

@@ -1,7 +1,6 @@
 """The state of training, and the config that it begins from: a pure function of both and the number of steps made."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dod_models import draws
 from dod_models.checkpoint import check_tensors, load_weights
 from dod_models.compute import Compute, prepare, receive, whole
-from dod_models.config import Frozen
+from dod_models.config import Frozen, local_file
 from dod_models.ema import Ema
 from dod_models.model import DoD, ModelConfig
 
@@ -24,7 +23,7 @@ Decay = Annotated[float, Field(gt=0, lt=1)]
 class WarmStart(Frozen):
     """Weights to begin from instead of random ones."""
 
-    path: str  # a file of a checkpoint, e.g. train/KEY/step-N/ema-0.999.safetensors
+    path: str  # a file of a checkpoint, e.g. train/KEY/step-N/ema-0.999.safetensors; also s3://BUCKET/PREFIX/NAME
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of that file: the config pins its bytes
 
 
@@ -146,7 +145,7 @@ class TrainState:
             return
         parameters = dict(self.raw.named_parameters())
         if self.accelerator.is_main_process:
-            weights = load_weights(Path(given.path), sha256=given.sha256)
+            weights = load_weights(local_file(given.path), sha256=given.sha256)
             check_tensors(weights, parameters, place=given.path)
         for name, parameter in parameters.items():
             for target in (parameter, *(average.weights[name] for average in self.averages)):

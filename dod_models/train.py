@@ -87,11 +87,6 @@ class Work(NamedTuple):
     about: dict[str, Any]
 
 
-def work_folder(config: TrainConfig, *, latents: Path, state: Path) -> Path:
-    """Where work in progress lies under `state`: keyed by config and latents."""
-    return state / f"{config.digest[:16]}-{artifact.sha256_file(latents / artifact.MANIFEST)[:16]}"
-
-
 def fit(config: TrainConfig, *, latents: Path, out: Path, state: Path) -> Row:
     """Train to `config.steps`; `out` gets `step-N/` checkpoints, curve and ledger. Returns the curve's last row.
 
@@ -105,12 +100,12 @@ def fit(config: TrainConfig, *, latents: Path, out: Path, state: Path) -> Row:
     shards = LatentShards(latents, check=accelerator.is_local_main_process)
     check_shapes(config, shards, processes.count)
     processes.check_equal({"the config's digest": config.digest, "the latents' digest": shards.digest})
-    folder = work_folder(config, latents=latents, state=state)
+    key = f"{config.digest[:16]}-{shards.digest[:16]}"
     about = {"latents": shards.digest, "steps": config.steps, "seed": config.seed}
-    work = Work(folder / "out", folder / "resume", about)
+    work = Work(state / key / "out", state / key / "resume", about)
     with artifact.locked(work.out) if processes.first else nullcontext(), heeding_stops() as notice:
         if processes.first:
-            artifact.forget_finished(state, but=folder.name)
+            artifact.forget_finished(state, but=key)
         training = TrainState(config, accelerator)
         record = Record(log_every=config.log_every, batch_size=config.batch_size, device=accelerator.device)
         go_on(training, record, processes, work)

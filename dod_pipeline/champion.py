@@ -3,17 +3,24 @@
 The file belongs to git, and no stage depends on it: a promotion makes nothing stale. It is replaced whole, in turns, so
 that a reader sees the old champion or the new one. Weights are named by digest, and checked against it whenever a
 checkpoint is put in use.
+
+Where `deployment.storage` names a place in S3, the object of that name there is the truth for all machines, and the
+file a copy that is written after it. An object is replaced only if it still is the one that was read: of two machines
+that decide at once one reads again, so that both decisions stand in it.
 """
 
+import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dod_models import artifact
 from dod_models.config import Frozen
-from dod_pipeline import stages
+from dod_pipeline import config, stages
 from dod_pipeline.config import Params
 from dod_pipeline.ledger import current_commit
+from dod_pipeline.s3 import Bucket, ChangedError, reaching
 from dod_pipeline.turns import turn
 
 CHAMPIONS = Path("champions")
@@ -74,17 +81,46 @@ def reigns(history: tuple[Event, ...]) -> list[Event]:
     return found
 
 
+def name_of(experiment: str) -> str:
+    """Where the champion of an experiment stands, here and in S3."""
+    return (CHAMPIONS / f"{experiment}.json").as_posix()
+
+
 def read(experiment: str) -> Champion:
-    """The file of an experiment; a ValueError says how to begin one."""
-    path = CHAMPIONS / f"{experiment}.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: {experiment} has no champion yet; `dod champion {experiment} --set CHECKPOINT`")
-    return Champion.load(str(path))
+    """The champion of an experiment; a ValueError says how to begin one, a ConnectionError where it can't be read."""
+    found = find(experiment)
+    if found is None:
+        name = name_of(experiment)
+        raise ValueError(f"{name}: {experiment} has no champion yet; `dod champion {experiment} --set CHECKPOINT`")
+    return found
 
 
 def find(experiment: str) -> Champion | None:
     """The same, or None."""
-    return read(experiment) if (CHAMPIONS / f"{experiment}.json").is_file() else None
+    return known(experiment, place())[0]
+
+
+def place() -> Bucket | None:
+    """The place in S3 that holds the truth, if there is one."""
+    url = config.storage().url
+    if url is None:
+        return None
+    with reaching(url) as bucket:
+        return bucket
+
+
+def known(experiment: str, bucket: Bucket | None) -> tuple[Champion | None, str | None]:
+    """The champion, and which version of the object says so; the file's, where there is no such object yet."""
+    name = name_of(experiment)
+    found = bucket.read(name) if bucket else None
+    if bucket and found:
+        try:
+            return Champion.parse(json.loads(found[0]), place=f"{bucket.url}/{name}"), found[1]
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{bucket.url}/{name}: not JSON ({error}); put an older version of it back, or upload {name}"
+            ) from None
+    return (Champion.load(name) if Path(name).is_file() else None), None
 
 
 def holder(params: Params, key: str) -> Holder:
@@ -141,29 +177,40 @@ def decide(
 ) -> Champion:
     """Write down a decision; the checkpoint is in use from now on, unless it was `kept` out."""
     values = {"time": datetime.now(UTC), "event": event, **one._asdict(), "data": data, "verdict": verdict, "why": why}
-    with turn(f"champion-{experiment}"):
-        return add(experiment, Event.model_validate(values | {"commit": current_commit()}))
+    new = Event.model_validate(values | {"commit": current_commit()})
+    return add(experiment, lambda before: new)
 
 
 def roll_back(experiment: str, *, why: str) -> Champion:
     """Put the champion before the present one in use again; ValueError if there is none, or its weights are gone."""
-    with turn(f"champion-{experiment}"):
-        known = reigns(read(experiment).history)
-        if len(known) == 1:
+    now = {"time": datetime.now(UTC), "event": "rolled back", "why": why, "verdict": None, "data": None}
+
+    def back(before: Champion | None) -> Event:
+        used = reigns((before or read(experiment)).history)
+        if len(used) == 1:
             raise ValueError(
-                f"{CHAMPIONS / experiment}.json: {known[0].checkpoint} is the first champion, there is none to go "
+                f"{name_of(experiment)}: {used[0].checkpoint} is the first champion, there is none to go "
                 f"back to; `dod champion {experiment} --set CHECKPOINT` puts another one in use"
             )
-        before = known[-2]
-        check_weights(before)
-        now = {"time": datetime.now(UTC), "event": "rolled back", "why": why, "verdict": None, "data": None}
-        return add(experiment, before.model_copy(update=now | {"commit": current_commit()}))
+        check_weights(used[-2])
+        return used[-2].model_copy(update=now | {"commit": current_commit()})
+
+    return add(experiment, back)
 
 
-def add(experiment: str, event: Event) -> Champion:
-    """Append an event. The caller has the turn."""
-    known = find(experiment)
-    history = (*(known.history if known else ()), event)
-    written = Champion(experiment=experiment, champion=reigns(history)[-1], history=history)
-    artifact.write_json(CHAMPIONS / f"{experiment}.json", written.model_dump(mode="json"))
-    return written
+def add(experiment: str, decision: Callable[[Champion | None], Event]) -> Champion:
+    """Append the event that follows from what is known, once no other one in this folder does."""
+    with turn(f"champion-{experiment}"):
+        bucket, name = place(), name_of(experiment)
+        while True:
+            before, version = known(experiment, bucket)
+            history = (*(before.history if before else ()), decision(before))
+            written = Champion(experiment=experiment, champion=reigns(history)[-1], history=history)
+            values = written.model_dump(mode="json")
+            try:
+                if bucket:
+                    bucket.write(name, json.dumps(values, indent=1, sort_keys=True).encode(), etag=version)
+            except ChangedError:  # on another machine somebody was faster
+                continue
+            artifact.write_json(Path(name), values)
+            return written

@@ -82,10 +82,11 @@ def parser() -> argparse.ArgumentParser:
 def do_run(given: argparse.Namespace) -> int:
     """Make the experiments' stages where they are outdated, through Dagster; then their tables and pictures."""
     from dod_models import artifact
-    from dod_pipeline import runs, stages
+    from dod_pipeline import runs, stages, union
     from dod_pipeline.config import load_params
 
     params = load_params()
+    union.sync()  # for the checks that look at verdicts
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     jobs = runs.run(params, given.experiments, given.until)
     for stage, key in jobs:  # what DVC has recorded need not be kept twice
@@ -133,11 +134,25 @@ def do_stage(given: argparse.Namespace) -> int:
 
         lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
-    from dod_pipeline import cluster, costs, fetch, launch, listing, provisional, records, sources, stages
+    from dod_pipeline import (
+        cluster,
+        costs,
+        fetch,
+        launch,
+        listing,
+        mirror,
+        provisional,
+        records,
+        sources,
+        stages,
+        union,
+    )
     from dod_pipeline.config import load_params
 
     params = load_params()
     job = stages.resolve(params, given.stage, given.key)
+    if job.stage in ("metrics", "sweeps", "report"):  # they state what other stages took, wherever these ran
+        union.sync()
     if job.stage == "report":  # the one stage that dod_models knows nothing of
         from dod_pipeline import report
 
@@ -148,8 +163,10 @@ def do_stage(given: argparse.Namespace) -> int:
     if not cluster.takes(job.stage, params.deployment):
         fetch.inputs(job)
     started = time.monotonic()
-    with provisional.beside(params, job):
+    with provisional.beside(params, job), mirror.beside(params, job) as forget:
         ran = launch.run(job, params.deployment)
+        if ran.code == 0:
+            forget()
     if ran.code != 0 or launch.is_helper(job.stage):  # the first machine has the results
         return ran.code
     seconds = time.monotonic() - started
@@ -160,14 +177,16 @@ def do_stage(given: argparse.Namespace) -> int:
             records.append(record)
     if job.stage == "train":
         artifact.write_json(Path("curves", f"{given.key}.json"), stages.training_curve(job))  # for `dvc plots`
+    union.sync()
     return 0
 
 
 def do_report(given: argparse.Namespace) -> int:
     """`dvc repro` of the report alone: what it reads must be there."""
-    from dod_pipeline import dvc_repo, report, stages
+    from dod_pipeline import dvc_repo, report, stages, union
     from dod_pipeline.config import load_params
 
+    union.sync()
     job = stages.resolve(load_params(), "report", given.experiment)
     report.open_subject(job)  # before dvc removes the old page
     with dvc_repo.alone():
@@ -236,10 +255,12 @@ def do_export(given: argparse.Namespace) -> int:
 
 def do_pull(given: argparse.Namespace) -> int:
     """Fetch outputs from DVC's remote, within `deployment.storage.timeout`."""
-    from dod_pipeline import dvc_transfer
+    from dod_pipeline import dvc_transfer, remote
     from dod_pipeline.config import load_params
 
-    dvc_transfer.pull(given.targets, root=Path(), timeout=load_params().deployment.storage.timeout)
+    storage = load_params().deployment.storage
+    remote.use(storage)
+    dvc_transfer.pull(given.targets, root=Path(), timeout=storage.timeout)
     return 0
 
 

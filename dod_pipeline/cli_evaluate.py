@@ -36,8 +36,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def do_compare(given: argparse.Namespace) -> int:
     """Print both records' metrics, and what differs between them; a ValueError says why they can't be compared."""
-    from dod_pipeline import compare, history, tables
+    from dod_pipeline import compare, history, tables, union
 
+    union.sync()
     a, b = compare.find([given.a, given.b])
     compare.check(a, b)
     found, differing = compare.lines(a, b), compare.differing(a, b)
@@ -53,11 +54,13 @@ def do_compare(given: argparse.Namespace) -> int:
 
 def do_gate(given: argparse.Namespace) -> int:
     """Gate a candidate; the exit status is the verdict."""
-    from dod_pipeline import gate
+    from dod_pipeline import gate, union
     from dod_pipeline.config import load_params
 
+    union.sync()
     verdict = gate.gate(load_params(), given.candidate, given.incumbent)
     gate.append(verdict)
+    union.sync()
     print(f"tolerance {verdict.tolerance:.3f} ({verdict.tolerance_from})")
     print(
         f"{verdict.verdict}: {given.candidate} against {given.incumbent}: FID {verdict.mean:+.3f}, with one-sided "
@@ -69,11 +72,12 @@ def do_gate(given: argparse.Namespace) -> int:
 
 def do_calibrate(given: argparse.Namespace) -> int:
     """Print each retrain's FID, the tolerance, and where it may be written down."""
-    from dod_pipeline import gate, tables
+    from dod_pipeline import gate, tables, union
     from dod_pipeline.config import load_params
 
     found = gate.calibrate(load_params(), given.checkpoints)
     gate.append(found)
+    union.sync()
     rows = []
     for one in found.retrains:
         mean = sum(one.fids) / len(one.fids)

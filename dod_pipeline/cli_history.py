@@ -49,10 +49,19 @@ def add_root(command: argparse.ArgumentParser) -> None:
     command.add_argument("--root", default="history", metavar="PATH|s3://...", help="where the records lie")
 
 
+def bring(root: str) -> None:
+    """Fetch first what others have recorded, where the history is this folder's own."""
+    from dod_pipeline import ledger, union
+
+    if root == str(ledger.HISTORY):
+        union.sync()
+
+
 def do_history(given: argparse.Namespace) -> int:
     """Answer the one question that was asked; by default, print the records that match."""
     from dod_pipeline import history
 
+    bring(given.root)
     if given.sql is not None:
         answer = history.sql(given.sql, given.root, provisional=given.provisional)
         return show_table("records", answer, given.format)
@@ -259,6 +268,7 @@ def do_lineage(given: argparse.Namespace) -> int:
     """Print what a record's number was made from, and the commands that make it again."""
     from dod_pipeline import compare, lineage, tables
 
+    bring(given.root)
     (record,) = compare.find([given.record], given.root)
     if given.json:
         print(json.dumps(lineage.as_json(record), indent=1))

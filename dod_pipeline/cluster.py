@@ -17,8 +17,8 @@ from pathlib import Path
 from dod_models import artifact, cli
 from dod_models.images import in_order
 from dod_models.sweeps import TOOK
-from dod_pipeline import ledger, objects
-from dod_pipeline.config import Deployment
+from dod_pipeline import ledger, objects, stages
+from dod_pipeline.deployment import Deployment
 from dod_pipeline.objects import Content
 from dod_pipeline.parcel import NO_INPUT, Mark, Parcel, Result
 from dod_pipeline.ray_client import SHIPPED, Submission, log
@@ -83,11 +83,11 @@ def pack(job: Job, deployment: Deployment) -> Parcel:
 
 def work_of(job: Job) -> tuple[str, int]:
     """Name of the folder under the job's state in which its work lies, and in how many shards; ("", 0) without one."""
-    config_class, function = cli.STAGES[job.stage].load()
+    training = stages.work_of(job)
+    if training is not None:
+        return training.name, 0
+    _, function = cli.STAGES[job.stage].load()
     module = sys.modules[function.__module__]
-    if job.stage == "train":
-        folder: Path = module.work_folder(job.config, latents=job.inputs["latents"], state=job.inputs["state"])
-        return folder.name, 0
     if not hasattr(module, "shards_of"):
         return "", 0
     wanted = inspect.signature(module.shards_of).parameters

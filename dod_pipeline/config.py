@@ -4,15 +4,15 @@ The settings of the stages themselves are typed by the config classes of `dod_mo
 checked by `stages.resolve`, so that commands which only list things stay fast.
 """
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from dod_models.config import Frozen
+from dod_pipeline.deployment import Deployment, Storage
 
 # Keys become names of stages, files and DVC targets, and reach a shell through dvc.yaml. No dots: to DVC, the setting
 # `checkpoints.v1.5` is 5 in v1.
@@ -28,6 +29,7 @@ Key = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]*$")]
 Settings = dict[str, Any]
 
 PARAMS_FILE = Path("params.yaml")
+ENDPOINT = "AWS_ENDPOINT_URL_S3"  # environment: whom boto3 and the aws command ask in AWS's place
 
 
 class DataSet(Frozen):
@@ -127,43 +129,6 @@ class Sweep(Checkpoint):
     probe: bool | Settings = False
 
 
-class Storage(Frozen):
-    """When what was computed is pushed to DVC's remote: after each stage, at a run's end, or by hand."""
-
-    push: Literal["each", "end", "never"] = "never"
-    timeout: PositiveFloat = 600  # seconds that one `dvc push` or `dvc pull` may take
-
-
-class Versioning(Frozen):
-    """What git keeps of a run."""
-
-    git_commit: bool = False  # each run ends in a commit of dvc.lock and the small files beside it
-
-
-# Dagster takes an e-mail address, or team:NAME.
-Owner = Annotated[str, StringConstraints(pattern=r"^(team:.+|[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,7})$")]
-
-
-class Ray(Frozen):
-    """A Ray cluster: where its job server is, and what it gives a training's worker or another stage's task."""
-
-    address: str = Field("http://127.0.0.1:8265", pattern=r"^https?://[^\s@]+$")  # forwarded from the head
-    training_workers: PositiveInt = 1
-    gpus: NonNegativeInt = 1  # 0: the CPU computes
-    cpus: PositiveInt = 4
-    losses: NonNegativeInt = 20  # of nodes, after which a stage is given up
-
-
-class Deployment(Frozen):
-    """What changes no result, and so is no stage's parameter: how this installation runs things and what it keeps."""
-
-    storage: Storage = Storage()
-    versioning: Versioning = Versioning()
-    compute: Literal["local", "ray"] = "local"
-    ray: Ray = Ray()
-    owners: tuple[Owner, ...] = ()  # of every asset, as Dagster's pages show them
-
-
 def identifier(key: str) -> str:
     """A key as Dagster allows it in names of groups, jobs and steps."""
     return re.sub(r"\W", "_", key)
@@ -243,11 +208,24 @@ class Params(Frozen):
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and check params.yaml; a ValueError names file, key, value and remedy."""
+    """Read and check params.yaml; a ValueError names file, key, value and remedy.
+
+    `deployment.storage.endpoint` is put into the environment, unless it names another: boto3 finds it there, in this
+    process and in those that it starts.
+    """
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.absolute()}: not found; run dod in the folder that holds params.yaml") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
-    return Params.parse(values, place=str(path))
+    params = Params.parse(values, place=str(path))
+    if params.deployment.storage.endpoint is not None:
+        os.environ.setdefault(ENDPOINT, params.deployment.storage.endpoint)
+    return params
+
+
+def storage() -> Storage:
+    """The storage of this folder's installation; that of none where it has no params.yaml, as the history can be read
+    anywhere."""
+    return load_params().deployment.storage if PARAMS_FILE.exists() else Storage()

@@ -9,7 +9,7 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster._utils.schedules import get_smallest_cron_interval
 
-from dod_pipeline import candidates, checks, costs, dvc_repo, exhibits, ledger, schedules, stages
+from dod_pipeline import candidates, checks, costs, dvc_repo, exhibits, ledger, remote, schedules, stages
 from dod_pipeline.config import Params, identifier, load_params
 from dod_pipeline.dvc_assets import Extras, Pipeline
 from dod_pipeline.dvc_graph import Graph, Instance
@@ -97,7 +97,8 @@ def run_tags() -> dict[str, str]:
 def keep(params: Params) -> Keep:
     """What a run's end keeps elsewhere, as params.yaml's `deployment` says."""
     storage, versioning = params.deployment.storage, params.deployment.versioning
-    return Keep(storage.push, storage.timeout, COMMITTED if versioning.git_commit else ())
+    commit = COMMITTED if versioning.git_commit else ()
+    return Keep(storage.push, storage.timeout, commit=commit, remote=remote.of(storage))
 
 
 def selected(pipeline: Pipeline, params: Params, experiment: str, wanted: Sequence[str]) -> dg.AssetSelection:

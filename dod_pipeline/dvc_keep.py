@@ -21,6 +21,7 @@ class Keep(NamedTuple):
 
     push: Literal["each", "end", "never"] = "never"  # after each stage, or at a run's end
     timeout: float = 600.0  # seconds for one transfer
+    remote: dvc_transfer.Remote | None = None  # where to; None: DVC's own default
     commit: tuple[str, ...] = ()  # files and folders that a run's end commits, dvc.lock first; none: no commit
 
 
@@ -50,6 +51,8 @@ def after_run(keep: Keep, run_id: str, *, known: Collection[str], root: Path) ->
 def pushed(keep: Keep, known: Collection[str], root: Path) -> Iterator[str]:
     """Push what is noted; yields what went wrong."""
     try:
+        if keep.remote is not None:
+            dvc_transfer.use(keep.remote, root=root)
         dvc_transfer.settle(known, root=root, timeout=keep.timeout)
     except OSError as error:
         yield str(error)

@@ -1,6 +1,7 @@
 """`dvc push` and `dvc pull` in a bounded time. What is to be pushed is noted first, and struck off once it was: so what
 a dead remote or a killed process left behind goes with the next push."""
 
+import configparser
 import fcntl
 import json
 import os
@@ -8,14 +9,28 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from dod_pipeline import dvc_repo
 from dod_pipeline.lifeline import held
 
 OWED = Path(".dvc", "tmp", "dod", "owed.json")
+LOCAL = Path(".dvc", "config.local")  # settings of this folder, which git does not keep
+
+
+class Remote(NamedTuple):
+    """A place for outputs, under a name; what DVC fetches from it is checked."""
+
+    name: str
+    url: str
+    options: tuple[tuple[str, str], ...] = ()  # of `dvc remote modify`, e.g. ("endpointurl", "https://HOST")
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What DVC is to know of it."""
+        return {"url": self.url, "verify": "true", **dict(self.options)}
 
 
 Notes = dict[str, str]  # stage instance -> a token of when it was made, so that one made during a push stays owed
@@ -31,6 +46,28 @@ def owed(root: Path) -> Notes:
     """Stage instances whose outputs the remote may not have yet."""
     with noted(root) as file:
         return read(file)
+
+
+def use(remote: Remote, *, root: Path) -> None:
+    """Make it the default remote of this folder, by commands of dvc, if it is not; whoever calls dvc then uses it, too.
+
+    Settings in the file that git keeps stay as they are.
+    """
+    lock = root / OWED.with_name("remote.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        known = configparser.ConfigParser(interpolation=None)
+        with suppress(configparser.Error):  # of which dvc will speak
+            known.read(root / LOCAL)
+        section = f"'remote \"{remote.name}\"'"
+        found = dict(known[section]) if known.has_section(section) else {}
+        if found == remote.settings and known.get("core", "remote", fallback=None) == remote.name:
+            return
+        dvc_repo.text("remote", "add", "--local", "--force", "--default", remote.name, remote.url, root=root)
+        for name, value in remote.settings.items():
+            if name != "url":
+                dvc_repo.text("remote", "modify", "--local", remote.name, name, value, root=root)
 
 
 def settle(known: Iterable[str], *, root: Path, timeout: float) -> None:

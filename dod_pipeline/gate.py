@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, Po
 from dod_models import artifact
 from dod_models.config import Frozen
 from dod_pipeline import history, ledger, paired, trials
-from dod_pipeline.config import Deployment, Params
+from dod_pipeline.config import Params
+from dod_pipeline.deployment import Deployment
 from dod_pipeline.ledger import HISTORY, current_commit, write_once
 from dod_pipeline.records import FOLDERS, Named, sampler_name
 from dod_pipeline.trials import Subject

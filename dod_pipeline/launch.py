@@ -14,7 +14,7 @@ from typing import NamedTuple
 from dod_models import cli
 from dod_models.config import STOPPED
 from dod_pipeline import cluster
-from dod_pipeline.config import Deployment
+from dod_pipeline.deployment import Deployment
 from dod_pipeline.lifeline import held
 from dod_pipeline.stages import Job
 

@@ -47,10 +47,15 @@ def current_commit(paths: Sequence[str] = CODE) -> str | None:
 
 def write_once(folder: Path, record: Frozen) -> Path:
     """Write a record whole or not at all, and return its file; DamagedError if the name is taken by something else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / f"{record.digest}.json", folder / f".{uuid.uuid4().hex}.partial"
+    return put(folder / f"{record.digest}.json", record.canonical().encode())
+
+
+def put(path: Path, text: bytes) -> Path:
+    """The same for the text of a record, under its name."""
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        partial.write_text(record.canonical())
+        partial.write_bytes(text)
         artifact.flush(partial)
         os.link(partial, path)
     except FileExistsError:
@@ -63,15 +68,20 @@ def write_once(folder: Path, record: Frozen) -> Path:
 def read(path: Path) -> str:
     """The JSON text of a record; DamagedError unless the file is one and whole."""
     text = path.read_bytes()
-    if not NAME.fullmatch(path.name):
-        wrong = "no record's name: those are SHA256.json"
-    elif (found := sha256(text).hexdigest()) != path.stem:
-        wrong = f"its sha256 is {found[:SHORT]}..., not its name: changed, damaged or cut off"
-    elif not is_object(text):
-        wrong = "not a JSON object, so no record"
-    else:
-        return text.decode()
-    raise artifact.DamagedError(f"{path}: {wrong}; left out. `git checkout -- {path}` restores it, or else remove it")
+    if wrong := wrong_with(path.name, text):
+        raise artifact.DamagedError(
+            f"{path}: {wrong}; left out. `git checkout -- {path}` restores it, or else remove it"
+        )
+    return text.decode()
+
+
+def wrong_with(name: str, text: bytes) -> str:
+    """Why a file of that name and text is no record; "" if it is one."""
+    if not NAME.fullmatch(Path(name).name):
+        return "no record's name: those are SHA256.json"
+    if (found := sha256(text).hexdigest()) != Path(name).stem:
+        return f"its sha256 is {found[:SHORT]}..., not its name: changed, damaged or cut off"
+    return "" if is_object(text) else "not a JSON object, so no record"
 
 
 def typed(kind: type[Config], row: dict[str, Any]) -> Config:

@@ -21,7 +21,7 @@ from dod_models.config import S3, Frozen
 from dod_models.images import in_order
 from dod_models.layout import KIT, SPLITS, TRAIN, VAL, belongs, is_image
 from dod_pipeline.config import DataSet, Params
-from dod_pipeline.fetch import reading
+from dod_pipeline.s3 import reaching
 from dod_pipeline.turns import turn
 
 LISTINGS = Path("listings")
@@ -103,7 +103,7 @@ def advise(key: str) -> None:
 
 def in_bucket(url: str) -> Iterator[tuple[str, int, str]]:
     """Name, size and ETag of each object that belongs to the data set, in order."""
-    with reading(url) as bucket:
+    with reaching(url) as bucket:
         bar = tqdm(bucket.objects(), desc=f"list {url}", unit="object")
         listed = sorted(o for o in bar if belongs(o.name))
     yield from ((o.name, o.size, o.etag) for o in listed)

@@ -16,7 +16,7 @@ from dod_models.config import CACHE, this_process
 from dod_models.sweeps import TOOK
 from dod_pipeline import fetch, objects
 from dod_pipeline.launch import device_name
-from dod_pipeline.mirror import mirrored
+from dod_pipeline.mirror import Mirror, mirrored
 from dod_pipeline.parcel import Mark, Parcel, Result
 from dod_pipeline.s3 import Bucket
 from dod_pipeline.stages import Job
@@ -78,7 +78,8 @@ class Node:
         """Train as one of several processes; the first one's states and checkpoints are mirrored to the bucket."""
         first = this_process().rank == 0
         work = self.job.inputs["state"] / self.parcel.work
-        with mirrored(f"{self.parcel.storage}/{self.parcel.state}", work) if first else nullcontext():
+        mirror = Mirror(f"{self.parcel.storage}/{self.parcel.state}", work) if first else None
+        with mirrored(mirror) if mirror else nullcontext():
             self.compute(self.job)
         if first:
             self.deliver()

@@ -17,7 +17,7 @@ from pydantic import NonNegativeInt
 
 from dod_models import cli
 from dod_models.config import Frozen
-from dod_pipeline.config import Ray
+from dod_pipeline.deployment import Ray
 from dod_pipeline.objects import Content
 from dod_pipeline.s3 import Object
 from dod_pipeline.stages import Job

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dod_models import artifact
-from dod_pipeline import cluster, launch, ledger, lifeline, records, stages
+from dod_pipeline import cluster, launch, ledger, lifeline, records, stages, union
 from dod_pipeline.config import Params
 from dod_pipeline.stages import Job
 
@@ -80,7 +80,9 @@ def folder_of(params: Params, experiment: str) -> tuple[Path, bool]:
         manifest = artifact.read_json(job.out / artifact.MANIFEST)
         if (manifest["config"], manifest["about"]["latents"]) == (job.config.digest, latents):
             return job.out, True
-    return job.inputs["state"] / f"{job.config.digest[:16]}-{latents[:16]}" / "out", False
+    work = stages.work_of(job)
+    assert work is not None  # it is a training's, and the latents are there
+    return work / "out", False
 
 
 def follow(params: Params, experiment: str, *, watch: bool) -> None:
@@ -112,6 +114,7 @@ def score(params: Params, experiment: str, one: Saved) -> None:
     trial = artifact.read_json(one.job.out)
     for record in rows_of(experiment, one, trial):
         records.append(record)
+    union.sync()
     fids = {name: row["fid"] for name, row in trial["scores"].items()}
     print(f"provisional: {one.checkpoint}: " + ", ".join(f"{name} FID {fid:.4g}" for name, fid in fids.items()))
     try:

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from dod_pipeline.config import Ray
+from dod_pipeline.deployment import Ray
 from dod_pipeline.node import Node, StageError
 from dod_pipeline.parcel import Parcel, Result
 from dod_pipeline.s3 import reaching

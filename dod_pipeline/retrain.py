@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dod_models import artifact
-from dod_pipeline import candidates, champion, dvc_git, gate, listing, runs, stages
+from dod_pipeline import candidates, champion, dvc_git, gate, listing, runs, stages, union
 from dod_pipeline.champion import VAE, Champion
 from dod_pipeline.config import PARAMS_FILE, Params, load_params
 from dod_pipeline.turns import turn
@@ -51,8 +51,10 @@ def judge(params: Params, experiment: str, key: str, data: str | None) -> gate.V
             f"{key} and {incumbent.checkpoint} were trained in the latents of two codecs, {ours.codec[:12]}... and "
             f"{incumbent.codec[:12]}...; {remedy(params.checkpoints[key].data)}"
         )
+    union.sync()
     verdict = gate.gate(under_one_gate(params, experiment, [key, incumbent.checkpoint]), key, incumbent.checkpoint)
     gate.append(verdict)
+    union.sync()
     event: Literal["promoted", "kept"] = "promoted" if verdict.verdict == "PASS" else "kept"
     why = (
         f"{verdict.verdict} against {incumbent.checkpoint}: FID {verdict.mean:+.3f}, tolerance {verdict.tolerance:.3f}"

@@ -16,7 +16,7 @@ from dagster._utils.env import environ
 from sqlalchemy.exc import SQLAlchemyError
 from yaml import YAMLError
 
-from dod_pipeline import dvc_keep, dvc_repo, listing, stages
+from dod_pipeline import dvc_keep, dvc_repo, listing, remote, stages
 from dod_pipeline.config import Params
 from dod_pipeline.definitions import define, keep
 from dod_pipeline.dvc_assets import Pipeline
@@ -108,6 +108,7 @@ def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[st
     jobs = list(dict.fromkeys(job for name in experiments for job in stages.instances(params, name, until)))
     names, root, run_id = [dvc_repo.address(stage, key) for stage, key in jobs], Path(), str(uuid.uuid4())
     with kept(params, run_id, root), dvc_repo.alone(root):
+        remote.use(params.deployment.storage, root)
         changed = dvc_repo.status(names, root=root, patient=True)
         if changed:  # an error in a late stage's settings shows before hours of training, not after
             for stage, key in jobs:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from dod_models.artifact import MANIFEST
+from dod_models.artifact import MANIFEST, sha256_file
 from dod_models.cli import STAGES as COMPUTATIONS
 from dod_models.config import Frozen
 from dod_pipeline.config import Params, Settings
@@ -106,6 +106,15 @@ def state_of(stage: str, key: str) -> dict[str, Path]:
     """Where a stage that can go on after a kill keeps its work in progress."""
     resumes = stage in COMPUTATIONS and "state" in COMPUTATIONS[stage].inputs
     return {"state": Path(".state", stage, key)} if resumes else {}
+
+
+def work_of(job: Job) -> Path | None:
+    """The folder, below its state, in which a training with these inputs works; None of other stages, and without
+    inputs."""
+    manifest = job.inputs.get("latents", Path()) / MANIFEST
+    if job.stage != "train" or not manifest.is_file():
+        return None
+    return job.inputs["state"] / f"{job.config.digest[:16]}-{sha256_file(manifest)[:16]}"
 
 
 def shown(data: str, experiment: str) -> dict[str, Path]:

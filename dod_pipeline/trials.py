@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from dod_models import artifact
 from dod_models.config import Frozen
 from dod_pipeline import launch, stages
-from dod_pipeline.config import Deployment, Params, Settings
+from dod_pipeline.config import Params, Settings
+from dod_pipeline.deployment import Deployment
 
 CACHE = Path(".state", "gate")
 STAGE = 2  # the last one: its FID is compared

@@ -1,18 +1,23 @@
 """The pointer to the checkpoint in use: its history, its weights, and several that decide at once."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dod_models import artifact
 from dod_models.artifact import DamagedError
 from dod_pipeline import champion, cli
 from dod_pipeline.champion import Champion, Holder
 from dod_pipeline.config import load_params
+from dod_pipeline.s3 import Bucket
 
+from . import project as tiny
+from .bucket import BUCKET, S3
 from .project import Project, environment
 from .test_kill import Enter
 
@@ -127,3 +132,78 @@ def test_damaged_weights_and_another_model_are_not_put_in_use(own: Project, insi
     file.write_bytes(data[:-1] + b"x")
     with pytest.raises(DamagedError, match="the file was changed or damaged"):
         champion.holder(load_params(), "tiny-6")
+
+
+@pytest.fixture
+def shared_place(s3: S3, tmp_path: Path) -> Bucket:
+    """One place in S3, which the params.yaml of both `here` and `there` name; `here` is the current folder."""
+    bucket = Bucket(f"s3://{BUCKET}/{tmp_path.parent.name}/{tmp_path.name}")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        values = tiny.params(Path("/")) | {"deployment": {"storage": bucket.url}}
+        (tmp_path / name / "params.yaml").write_text(yaml.safe_dump(values))
+    os.chdir(tmp_path / "here")
+    return bucket
+
+
+def test_two_machines_have_one_champion(shared_place: Bucket, tmp_path: Path):
+    written = champion.decide("e", "set", weights("a"), why="first")
+    assert Champion.load("champions/e.json") == written  # the copy that git keeps
+    os.chdir(tmp_path / "there")
+    assert champion.read("e") == written and not Path("champions").exists()
+    there = champion.decide("e", "promoted", weights("b"), why="PASS")
+    os.chdir(tmp_path / "here")
+    assert champion.read("e") == there and Champion.load("champions/e.json") == written
+    assert champion.roll_back("e", why="worse").champion.checkpoint == "a-2"
+    assert Champion.load("champions/e.json") == champion.read("e")
+    assert [event.event for event in champion.read("e").history] == ["set", "promoted", "rolled back"]
+    assert [item.name for item in shared_place.objects()] == ["champions/e.json"]
+
+
+def test_the_champion_that_stood_in_git_alone_is_where_the_place_begins(shared_place: Bucket):
+    before = Path("params.yaml").read_text()
+    Path("params.yaml").unlink()
+    alone = champion.decide("e", "set", weights("a"), why="before there was S3")
+    Path("params.yaml").write_text(before)
+    assert champion.read("e") == alone
+    found = champion.decide("e", "promoted", weights("b"), why="PASS")
+    assert found.history[0] == alone.champion and len(found.history) == 2
+    Path("champions/e.json").unlink()
+    assert champion.read("e") == found
+
+
+def test_no_decision_of_several_machines_at_once_is_lost(shared_place: Bucket, tmp_path: Path):
+    code = """
+import sys
+from dod_pipeline import champion
+for index in range(5):
+    one = champion.Holder(f"{sys.argv[1]}-{index}", "p", "0" * 64, "c" * 64)
+    champion.decide("e", "promoted", one, why="PASS")
+"""
+    command = [sys.executable, "-c", code]
+    machines = [tmp_path / name for name in ("here", "here", "there", "there")]
+    running = [
+        subprocess.Popen([*command, str(number)], env=environment(), cwd=machine)
+        for number, machine in enumerate(machines)
+    ]
+    assert [process.wait() for process in running] == [0] * 4
+    found = champion.read("e")
+    assert {event.checkpoint for event in found.history} == {f"{n}-{i}" for n in range(4) for i in range(5)}
+    assert len(found.history) == 20 and found.champion == found.history[-1]
+
+
+def test_a_place_out_of_reach_is_named_and_nothing_is_decided(shared_place: Bucket, monkeypatch: pytest.MonkeyPatch):
+    champion.decide("e", "set", weights("a"), why="first")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    before = Path("champions/e.json").read_bytes()
+    with pytest.raises(ConnectionError, match=f"{shared_place.url}/champions/e.json: .*credentials"):
+        champion.read("e")
+    with pytest.raises(ConnectionError, match=shared_place.url):
+        champion.decide("e", "promoted", weights("b"), why="PASS")
+    assert Path("champions/e.json").read_bytes() == before
+
+
+def test_an_object_that_is_no_champion_is_named(shared_place: Bucket):
+    shared_place.write("champions/e.json", b"{")
+    with pytest.raises(ValueError, match=f"{shared_place.url}/champions/e.json: not JSON .* put an older version"):
+        champion.read("e")

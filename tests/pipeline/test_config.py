@@ -1,11 +1,13 @@
 """params.yaml as a whole: what is wrong is named with its place, its value and the remedy."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from dod_pipeline import cli, stages
+from dod_pipeline import cli, config, stages
 from dod_pipeline.config import Params, load_params
 
 from .project import SOURCE, params
@@ -236,6 +238,56 @@ def test_the_deployment_changes_no_digest(values: dict[str, Any]):
     assert {s: stages.resolve(params, s, "tiny").config.digest for s in before} == before
     values["deployment"]["storage"]["push"] = "often"
     assert "params.yaml: deployment.storage.push: " in complaint(values)
+
+
+def test_a_place_in_s3_stands_alone_or_with_what_belongs_to_it(values: dict[str, Any]):
+    found = {}
+    for given in ({}, "s3://bucket/team/", {"url": "s3://bucket", "push": "end", "endpoint": "http://host:8333"}):
+        values["deployment"] = {"storage": given}
+        one = Params.parse(values, place="").deployment.storage
+        found[one.url] = (one.push, one.endpoint)
+    assert found == {
+        None: ("never", None),
+        "s3://bucket/team": ("each", None),
+        "s3://bucket": ("end", "http://host:8333"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [
+        ("s3://bucket/../other", "storage.url: s3://bucket/../other: not of the form s3://BUCKET/PREFIX"),
+        ("/data", "storage.url: not of the form s3://BUCKET/PREFIX"),
+        ({"url": "s3://bucket", "secret_access_key": "x"}, "storage.secret_access_key: unknown key"),
+        ({"url": "s3://bucket", "endpoint": "host:8333"}, "storage.endpoint: not of the form http://HOST:PORT"),
+        ({"endpoint": "http://host:8333"}, "storage: endpoint: of no use without url"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(values: dict[str, Any], storage: Any, said: str):
+    values["deployment"] = {"storage": storage}
+    assert f"params.yaml: deployment.{said}" in complaint(values)
+
+
+@pytest.mark.parametrize("secret", ["user:hush", "user:hu/sh", "hush"])
+def test_an_endpoint_with_a_secret_is_refused_and_the_secret_is_not_repeated(values: dict[str, Any], secret: str):
+    values["deployment"] = {"storage": {"url": "s3://bucket", "endpoint": f"https://{secret}@host"}}
+    said = complaint(values)
+    assert "deployment.storage.endpoint: " in said and "https://" in said and "hu" not in said
+
+
+def test_the_endpoint_is_where_boto3_looks_for_it(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of this process and its children; what the environment says already goes first."""
+    monkeypatch.setenv(config.ENDPOINT, "http://first:1")
+    values["deployment"] = {"storage": {"url": "s3://bucket", "endpoint": "http://second:2"}}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(values))
+    load_params(path)
+    assert os.environ[config.ENDPOINT] == "http://first:1"
+    monkeypatch.delenv(config.ENDPOINT)
+    load_params(path)
+    assert os.environ[config.ENDPOINT] == "http://second:2"
 
 
 def test_compute_within_train_is_refused(values: dict[str, Any]):

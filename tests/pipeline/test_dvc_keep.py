@@ -9,10 +9,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from dod_pipeline import dvc_git, dvc_keep, dvc_transfer
+from dod_pipeline import dvc_git, dvc_keep, dvc_repo, dvc_transfer
 from dod_pipeline.dvc_assets import Pipeline
 from dod_pipeline.dvc_graph import Graph
 from dod_pipeline.dvc_keep import Keep
+from dod_pipeline.dvc_transfer import Remote
 
 from . import toy
 from .project import Project, environment
@@ -104,6 +105,33 @@ def test_a_hung_remote_ends_in_time_and_is_made_good_later(project: Project, hun
     (project.root / ".dvc" / "config.local").unlink()
     assert materialize(project, Keep(push="each"), "two@x")[0] == []
     assert on_remote(project) == 4 and dvc_transfer.owed(project.root) == {}
+
+
+def test_a_remote_becomes_the_folder_s_own_default_and_git_sees_nothing(project: Project):
+    before = project.run("git", "status", "--porcelain").stdout, project.dvc("remote", "list").stdout
+    near = Remote("near", str(project.root.parent / "near"))
+    assert materialize(project, Keep(push="each", remote=near), "one")[0] == []
+    assert sum(path.is_file() for path in (project.root.parent / "near").rglob("*")) == 3 and on_remote(project) == 0
+    assert project.dvc("config", "remote.near.verify").stdout == "true\n"
+    assert project.dvc("config", "core.remote").stdout == "near\n"  # of a bare `dvc push`, too
+    assert project.run("git", "status", "--porcelain").stdout == before[0]
+
+    dvc_transfer.use(near._replace(options=(("jobs", "2"),)), root=project.root)
+    assert project.dvc("config", "remote.near.jobs").stdout == "2\n"
+    dvc_transfer.use(near, root=project.root)
+    assert project.dvc("config", "remote.near.jobs").stdout == ""
+    assert before[1].split()[0] == "store" and "store" in project.dvc("remote", "list").stdout
+
+
+def test_a_remote_that_is_as_it_should_be_costs_no_call_of_dvc(project: Project, monkeypatch: pytest.MonkeyPatch):
+    near = Remote("near", "s3://bucket/dvc", (("endpointurl", "http://h%40st:8333"),))
+    dvc_transfer.use(near, root=project.root)
+    called: list[tuple[str, ...]] = []
+    monkeypatch.setattr(dvc_repo, "text", lambda *arguments, root: called.append(arguments))
+    dvc_transfer.use(near, root=project.root)
+    assert called == []
+    dvc_transfer.use(near._replace(url="s3://other/dvc"), root=project.root)
+    assert [words[1] for words in called] == ["add", "modify", "modify"]
 
 
 def test_a_dead_remote_is_named(project: Project):

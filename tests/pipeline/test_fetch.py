@@ -19,9 +19,12 @@ from dod_models import artifact, stable_diffusion
 from dod_models.config import place_of_copy
 from dod_models.images import ImageFolder
 from dod_pipeline import cli, fetch
+from dod_pipeline.s3 import Bucket, Object
 
 from . import project as tiny
 from .bucket import BUCKET, S3, SECRET
+from .project import Project
+from .test_kill import Enter
 
 Captured = pytest.CaptureFixture[str]
 Fetched = Callable[[], list[str]]
@@ -42,9 +45,9 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Fetched:
     """Names of the objects that were downloaded since it was last asked."""
     names: list[str] = []
-    download = fetch.Bucket.download_once
+    download = Bucket.download_once
 
-    def noted(self: fetch.Bucket, wanted: fetch.Object, *rest: Any) -> None:
+    def noted(self: Bucket, wanted: Object, *rest: Any) -> None:
         names.append(wanted.name)
         download(self, wanted, *rest)
 
@@ -53,7 +56,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Fetched:
         names.clear()
         return taken
 
-    monkeypatch.setattr(fetch.Bucket, "download_once", noted)
+    monkeypatch.setattr(Bucket, "download_once", noted)
     return take
 
 
@@ -193,10 +196,10 @@ def test_an_upload_in_parts_is_checked_part_by_part(s3: S3, tmp_path: Path, monk
     folder.mkdir()
     (folder / "a.tar").write_bytes(os.urandom(6 * 2**20))
     url = s3.upload(folder, "parts")
-    bucket = fetch.Bucket(url)
+    bucket = Bucket(url)
     (listed,) = bucket.objects()
     assert listed.etag.endswith("-2")
-    bucket.download(listed, target=tmp_path / "copy", progress=lambda size: None)
+    bucket.download(listed, tmp_path / "copy" / "a.tar")
     assert same(tmp_path / "copy", folder)
     monkeypatch.setattr(bucket, "client", Damaging(bucket.client))
     with pytest.raises(ConnectionError, match=r"a.tar arrived with 6291456 bytes and ETag \w+-2, listed are 6291456"):
@@ -242,7 +245,7 @@ def test_what_s3_refuses_is_one_clear_line_without_secrets(
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
     elif fault == "nobody listens":
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-        monkeypatch.setattr(fetch, "RETRIES", {"max_attempts": 1})
+        monkeypatch.setattr("dod_pipeline.s3.REQUESTS", 1)
     elif fault == "no credentials":
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -257,13 +260,10 @@ def test_what_s3_refuses_is_one_clear_line_without_secrets(
 
 
 def test_names_that_are_no_paths_are_refused(s3: S3, monkeypatch: pytest.MonkeyPatch):
-    bucket = fetch.Bucket(f"s3://{BUCKET}/x")
+    bucket = Bucket(f"s3://{BUCKET}/x")
 
-    class Pages:
-        def paginate(self, **options: str) -> list[dict[str, Any]]:
-            return [{"Contents": [{"Key": "x/../y", "Size": 1, "ETag": '"0"'}]}]
-
-    monkeypatch.setattr(bucket.client, "get_paginator", lambda name: Pages())
+    page = {"Contents": [{"Key": "x/../y", "Size": 1, "ETag": '"0"'}], "IsTruncated": False}
+    monkeypatch.setattr(bucket.client, "list_objects_v2", lambda **options: page)
     with pytest.raises(ValueError, match=r"an object is called '\.\./y', which is no path; rename it"):
         list(bucket.objects())
 
@@ -281,3 +281,26 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_fetched(
 def test_without_a_copy_the_autoencoder_says_who_fetches_it():
     with pytest.raises(FileNotFoundError, match=r"s3://data/vae: no copy of it in .*; `dod stage` fetches it"):
         stable_diffusion.load("s3://data/vae")
+
+
+def test_weights_to_begin_from_are_fetched_and_checked(own: Project, inside: Enter, s3: S3, capsys: Captured):
+    inside(own)
+    file = Path("train/tiny/step-6/ema-0.9.safetensors")
+    url = f"{s3.upload(file.parent, 'warm')}/{file.name}"
+    found = {}
+    for path in (str(file), url):
+        values = own.params()
+        begin = {"path": path, "sha256": artifact.sha256_file(file)}
+        values["experiments"]["tiny"]["train"] = tiny.TRAIN | {"steps": 2, "warm_start": begin}
+        values["checkpoints"]["tiny-6"]["step"] = values["sweeps"]["tiny-6"]["step"] = 2
+        own.write_params(values)
+        kept = shutil.copy(file, own.root.parent)
+        assert cli.main(["stage", "train", "tiny"]) == 0
+        found[path] = artifact.sha256_file(Path("train/tiny/step-2", file.name))
+        file.parent.mkdir()
+        shutil.copy(kept, file)
+    assert len(set(found.values())) == 1 and not Path(".state/s3/data/warm/manifest.json").exists()
+    s3.client().put_object(Bucket=BUCKET, Key="warm/ema-0.9.safetensors", Body=b"other")
+    shutil.rmtree(".state/train")
+    assert cli.main(["stage", "train", "tiny"]) == 1
+    assert "train.warm_start.sha256 says" in capsys.readouterr().err
