@@ -49,8 +49,8 @@ STAGES = {
     "codec": Stage("fit_codec", "CodecConfig", "build_codec", ("dataset", "reference")),
     "latents": Stage("encode", "EncodeConfig", "build_latents", ("dataset", "codec", "state")),
     "train": Stage("train", "TrainConfig", "fit", ("latents", "state")),
-    "stage1": Stage("sample", "SampleConfig", "build_stage", ("checkpoint", "codec")),
-    "stage2": Stage("sample", "SampleConfig", "build_stage", ("checkpoint", "previous", "codec")),
+    "stage1": Stage("multistage", "SampleConfig", "build_stage", ("checkpoint", "codec", "state")),
+    "stage2": Stage("multistage", "SampleConfig", "build_stage", ("checkpoint", "previous", "codec", "state")),
     "metrics": Stage(
         "score", "ScoreConfig", "build_metrics", ("checkpoint", "reference", "codec", "stage1", "stage2", "state")
     ),

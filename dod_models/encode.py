@@ -20,6 +20,7 @@ from dod_models.codec import SCHEMA as CODEC_SCHEMA
 from dod_models.codec import Codec, batch_size
 from dod_models.config import Frozen, Process, this_process
 from dod_models.data import SCHEMA, shard_name
+from dod_models.images import SCHEMA as DATASET_SCHEMA
 from dod_models.images import ImageFolder
 from dod_models.shards import Shards, one_thread
 
@@ -56,12 +57,12 @@ def encode_batch(codec: Codec, pixels: np.ndarray, *, mirror: bool) -> np.ndarra
 class Work:
     """The images' latents under work, in shards."""
 
-    def __init__(self, folder: Path, images: ImageFolder, config: EncodeConfig) -> None:
-        self.shards, self.images, self.config = Shards(folder), images, config
+    def __init__(self, folder: Path, count: int, images: ImageFolder, config: EncodeConfig) -> None:
+        self.shards, self.count, self.images, self.config = Shards(folder), count, images, config
 
     def __len__(self) -> int:
         """How many shards there are."""
-        return -(-len(self.images) // self.config.shard_size)
+        return self.count
 
     def rows(self, shard: int) -> range:
         """The images of a shard."""
@@ -107,6 +108,14 @@ def encode(work: Work, codec: Codec, process: Process, *, size: int) -> None:
             work.save(shard, np.concatenate(batches))
 
 
+def shards_of(config: EncodeConfig, *, dataset: Path, codec: Path, state: Path) -> tuple[Path, int]:
+    """Where the shards of this stage lie, keyed by config, codec and data set, and how many there are."""
+    inputs = [artifact.sha256_file(folder / artifact.MANIFEST) for folder in (dataset, codec)]
+    key = hashlib.sha256("/".join([config.digest, *inputs]).encode()).hexdigest()[:32]
+    count: int = artifact.read_manifest(dataset, schema=DATASET_SCHEMA)["about"]["train"]
+    return state / key, -(-count // config.shard_size)
+
+
 def build_latents(config: EncodeConfig, *, dataset: Path, codec: Path, out: Path, state: Path) -> dict[str, Any]:
     """Write shards and labels of the train split; return count, mean and standard deviation of the latents' means.
 
@@ -115,17 +124,16 @@ def build_latents(config: EncodeConfig, *, dataset: Path, codec: Path, out: Path
     """
     loaded, images = Codec.load(codec), ImageFolder(dataset, "train")
     size = artifact.read_manifest(codec, schema=CODEC_SCHEMA)["about"]["image_size"]
-    inputs = [artifact.sha256_file(folder / artifact.MANIFEST) for folder in (dataset, codec)]
-    key = hashlib.sha256("/".join([config.digest, *inputs]).encode()).hexdigest()[:32]
+    folder, count = shards_of(config, dataset=dataset, codec=codec, state=state)
     process = this_process()
     alone = process.world == 1
-    with artifact.locked(state / key / ("out" if alone else f"process-{process.rank}")):
-        work = Work(state / key, images, config)
+    with artifact.locked(folder / ("out" if alone else f"process-{process.rank}")):
+        work = Work(folder, count, images, config)
         with one_thread():
             encode(work, loaded, process, size=size)
         if not alone:
             return {}
-        artifact.forget_finished(state, but=key)
+        artifact.forget_finished(state, but=folder.name)
         side = size // loaded.factor
         about = {
             "count": len(images),
@@ -133,7 +141,7 @@ def build_latents(config: EncodeConfig, *, dataset: Path, codec: Path, out: Path
             "views": 1 + config.mirror,
             "latent_shape": [loaded.latent_channels, side, side],
             "shard_size": config.shard_size,
-            "codec": inputs[1],
+            "codec": artifact.sha256_file(codec / artifact.MANIFEST),
         }
         work.shards.save("labels.npy", partial(save_array, images.labels))
         artifact.describe(work.shards.out, schema=SCHEMA, config=config.digest, about=about)

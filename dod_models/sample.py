@@ -1,4 +1,4 @@
-"""Sampling a DoD: guidance, solvers, and the stages `stage1` and `stage2` (section 3.2).
+"""Sampling a DoD: guidance, solvers, one stage (section 3.2), and what `multistage` makes of it on disk.
 
 Sample i has noise and label of its own, a function of (seed, stage, i), and micro-batches start at fixed indices and
 are padded to full size: with Euler, sample i is bit-equal whatever the number of samples and processes.
@@ -11,15 +11,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torchdiffeq import odeint
 from tqdm import tqdm
 
 from dod_models import artifact, draws, picture
 from dod_models.blocks import Tokens
-from dod_models.checkpoint import load_checkpoint
-from dod_models.codec import Codec, device
+from dod_models.codec import Codec
 from dod_models.config import Frozen
 from dod_models.flow import Latent, Velocity
 from dod_models.model import DoD, Labels
@@ -80,6 +79,11 @@ class Evaluations(NamedTuple):
     @property
     def total(self) -> float:
         return self.conditional + self.null
+
+    @classmethod
+    def mean(cls, sums: "list[Evaluations]", count: int) -> "Evaluations":
+        """Those of `count` samples, from sums over some of them each; whole numbers, so their order is no matter."""
+        return cls(sum(one.conditional for one in sums) / count, sum(one.null for one in sums) / count)
 
 
 class GuidedVelocity:
@@ -142,13 +146,43 @@ def integrate(velocity: Velocity, noise: Latent, config: SampleConfig) -> Latent
     return end
 
 
-def micro_batches(total: int, size: int) -> Iterator[tuple[range, int]]:
+def micro_batches(rows: range, size: int) -> Iterator[tuple[range, int]]:
     """Index ranges of full size, and how many of each are wanted: the last is padded with further indices."""
-    for start in range(0, total, size):
-        yield range(start, start + size), min(size, total - start)
+    for start in rows[::size]:
+        yield range(start, start + size), min(size, rows.stop - start)
 
 
 @torch.inference_mode()
+def sample_rows(
+    model: DoD,
+    config: SampleConfig,
+    *,
+    stage: int,
+    labels: Labels,
+    previous: Latent | None,
+    rows: range,
+    bar: "tqdm[Any]",
+) -> tuple[Float[Tensor, "n C H W"], Evaluations]:
+    """`sample_stage` for these of its samples, the first of which begins a micro-batch; evaluations are summed."""
+    device, parts, conditional, null = model.no_sample.device, [], 0, 0
+    for batch, wanted in micro_batches(rows, config.batch_size):
+        inside = torch.tensor([min(i, len(labels) - 1) for i in batch])
+        noise = draws.noise_for(config.seed, f"stage{stage}", list(batch), model.config.latent_shape).to(device)
+        prior = None if previous is None else model.embed_sample(previous[inside].to(device))
+        velocity = GuidedVelocity(model, labels[inside].to(device), prior, config)
+        end = integrate(velocity, noise, config)
+        parts.append(end[:wanted].cpu())
+        conditional += velocity.conditional_calls * wanted
+        null += velocity.null_calls * wanted
+        bar.update(wanted)
+    latents = torch.cat(parts)
+    if not bool(latents.isfinite().all()):
+        raise FloatingPointError(
+            f"stage {stage}: latents are not finite; lower guidance ({config.guidance}) or train longer"
+        )
+    return latents, Evaluations(conditional, null)
+
+
 def sample_stage(
     model: DoD, config: SampleConfig, *, stage: int, labels: Labels, previous: Latent | None, title: str | None = None
 ) -> tuple[Latent, Evaluations]:
@@ -157,62 +191,12 @@ def sample_stage(
     Returns the latents, and the stage's evaluations of the network per sample (dopri5: the mean over micro-batches).
     `title` stands before the progress bar, by default the stage.
     """
-    device, parts, conditional, null = model.no_sample.device, [], 0, 0
-    batches = list(micro_batches(len(labels), config.batch_size))
-    with packed_weights(model):
-        for rows, wanted in tqdm(batches, desc=title or f"stage {stage}", unit="batch"):
-            inside = torch.tensor([min(i, len(labels) - 1) for i in rows])
-            noise = draws.noise_for(config.seed, f"stage{stage}", list(rows), model.config.latent_shape).to(device)
-            prior = None if previous is None else model.embed_sample(previous[inside].to(device))
-            velocity = GuidedVelocity(model, labels[inside].to(device), prior, config)
-            end = integrate(velocity, noise, config)
-            parts.append(end[:wanted].cpu())
-            conditional += velocity.conditional_calls * wanted
-            null += velocity.null_calls * wanted
-    latents = torch.cat(parts)
-    if not bool(latents.isfinite().all()):
-        raise FloatingPointError(
-            f"stage {stage}: latents are not finite; lower guidance ({config.guidance}) or train longer"
+    count, title = len(labels), title or f"stage {stage}"
+    with packed_weights(model), tqdm(total=count, desc=title, unit="image") as bar:
+        latents, spent = sample_rows(
+            model, config, stage=stage, labels=labels, previous=previous, rows=range(count), bar=bar
         )
-    return latents, Evaluations(conditional / len(labels), null / len(labels))
-
-
-def build_stage(
-    config: SampleConfig, *, checkpoint: Path, codec: Path, out: Path, previous: Path | None = None
-) -> dict[str, Any]:
-    """Stage `stage1`, or with the samples of a stage in `previous` the next one (eq. 5).
-
-    Writes latents and a grid, in which the stage before stands above this one.
-
-    In the manifest and the facts, of the network and per sample: `evaluations` counts those of all stages so far,
-    `stage_evaluations` this stage's own, `null_evaluations` those of its own that guidance made without condition.
-    """
-    model, _ = load_checkpoint(checkpoint, decay=config.ema_decay)
-    stage, spent, before = 1, 0.0, None
-    labels = draws.labels_for(config.seed, range(config.num_samples), model.config.num_classes)
-    if previous is not None:
-        about = artifact.read_manifest(previous, schema=SCHEMA)["about"]
-        stage, spent, (before, labels) = about["stage"] + 1, about["evaluations"], Samples.load(previous)
-    if len(labels) != config.num_samples:
-        raise ValueError(f"{previous} holds {len(labels)} samples, num_samples is {config.num_samples}; make it again")
-    with artifact.writing(out, schema=SCHEMA, config=config.digest) as folder:
-        latents, own = sample_stage(model.to(device()), config, stage=stage, labels=labels, previous=before)
-        save_file({"latents": latents, "labels": labels}, folder.path / SAMPLES_FILE)
-        shown = [] if before is None else [(f"stage {stage - 1}", before)]
-        draw_grid(folder.path / "grid.png", [*shown, (f"stage {stage}", latents)], labels, Codec.load(codec))
-        facts = {
-            "stage": stage,
-            "evaluations": spent + own.total,
-            "stage_evaluations": own.total,
-            "null_evaluations": own.null,
-        }
-        folder.about = {
-            **facts,
-            "sampling": config.model_dump(mode="json"),
-            "weights": artifact.sha256_file(checkpoint / artifact.MANIFEST),
-            "previous": previous and artifact.sha256_file(previous / artifact.MANIFEST),
-        }
-    return {**facts, "num_samples": len(labels)}
+    return latents, Evaluations.mean([spent], count)
 
 
 def draw_grid(

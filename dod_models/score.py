@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dod_models import artifact, cost, source
 from dod_models.checkpoint import SCHEMA as CHECKPOINT_SCHEMA
-from dod_models.codec import RECONSTRUCTIONS, Codec
+from dod_models.codec import RECONSTRUCTIONS, Codec, batch_size
 from dod_models.codec import SCHEMA as CODEC_SCHEMA
 from dod_models.config import Frozen, Process, this_process
 from dod_models.evaluator import HELD_OUT_FILE, Evaluator, Gathered, check_samples
@@ -50,19 +50,12 @@ class Part(NamedTuple):
 class Work:
     """The features under work: of which samples, and in which shards."""
 
-    def __init__(self, folder: Path, samples: dict[str, StoredSamples], codec: Codec, config: ScoreConfig) -> None:
-        self.shards, self.samples, self.codec, self.count = Shards(folder), samples, codec, config.num_samples
-        batch = next(iter(samples.values())).batch(codec)
-        self.size = -(-config.shard_size // batch) * batch
-
-    def parts(self, stage: str) -> list[Part]:
-        """A stage's samples in order."""
-        every = range(self.count)
-        return [Part(stage, every[start:][: self.size]) for start in every[:: self.size]]
+    def __init__(self, folder: Path, parts: list[Part], samples: dict[str, StoredSamples], codec: Codec) -> None:
+        self.shards, self.parts, self.samples, self.codec = Shards(folder), parts, samples, codec
 
     def extract(self, evaluator: Evaluator, process: Process) -> None:
         """Take the features of those of the process's parts that lack."""
-        mine = [part for stage in self.samples for part in self.parts(stage)][process.rank :: process.world]
+        mine = self.parts[process.rank :: process.world]
         wanted = [part for part in mine if not self.shards.has(part.name)]
         total, lack = (sum(len(part.rows) for part in parts) for parts in (mine, wanted))
         title = "score" if process.world == 1 else f"score, process 1 of {process.world}"
@@ -79,8 +72,24 @@ class Work:
 
     def gathered(self, stage: str) -> Gathered:
         """A stage's features, put together in the order of the samples."""
-        found = (FeatureSet.read(self.shards.out / part.name) for part in self.parts(stage))
-        return Gathered.of(found, count=self.count)
+        parts = [part for part in self.parts if part.stage == stage]
+        found = (FeatureSet.read(self.shards.out / part.name) for part in parts)
+        return Gathered.of(found, count=sum(len(part.rows) for part in parts))
+
+
+def parts_of(config: ScoreConfig, codec: Path) -> list[Part]:
+    """The samples of both stages in order, in whole batches of the codec's."""
+    batch = batch_size(artifact.read_manifest(codec, schema=CODEC_SCHEMA)["about"]["image_size"])
+    every, size = range(config.num_samples), -(-config.shard_size // batch) * batch
+    return [Part(stage, every[start:][:size]) for stage in ("stage1", "stage2") for start in every[::size]]
+
+
+def shards_of(
+    config: ScoreConfig, *, checkpoint: Path, reference: Path, codec: Path, stage1: Path, stage2: Path, state: Path
+) -> tuple[Path, int]:
+    """Where the shards of this stage lie, keyed by config, inputs and code, and how many both stages have."""
+    inputs = (checkpoint, reference, codec, stage1, stage2)
+    return state / source.key("score", config.digest, inputs), len(parts_of(config, codec))
 
 
 def scored(score: Callable[[Gathered], dict[str, float]], found: Gathered) -> dict[str, float]:
@@ -132,10 +141,12 @@ def build_metrics(
     samples = {"stage1": StoredSamples(stage1), "stage2": StoredSamples(stage2)}
     for stored in samples.values():
         check_samples(stored.count, config.num_samples, name=str(stored.folder))
-    folder, process = state / source.key("score", config.digest, (reference, codec, stage1, stage2)), this_process()
+    inputs = {"checkpoint": checkpoint, "reference": reference, "codec": codec, "stage1": stage1, "stage2": stage2}
+    folder, _ = shards_of(config, **inputs, state=state)
+    process = this_process()
     alone = process.world == 1
     with artifact.locked(folder / ("out" if alone else f"process-{process.rank}")):
-        work = Work(folder, samples, decoder, config)
+        work = Work(folder, parts_of(config, codec), samples, decoder)
         work.extract(evaluator, process)
         if not alone:
             return {}

@@ -18,7 +18,8 @@ from dod_pipeline.deployment import Deployment
 from dod_pipeline.lifeline import held
 from dod_pipeline.stages import Job
 
-SHARDED = ("latents", "metrics")  # several processes make their shards, and the launching one puts them together
+# Several processes make these stages' shards, and the launching one puts them together.
+SHARDED = ("latents", "stage1", "stage2", "metrics")
 SPLIT = ("train", *SHARDED)  # the stages that several processes can share
 
 # Environment: how many processes share such a stage on a machine, e.g. one for each GPU; on how many machines, each of

@@ -10,7 +10,7 @@ import pytest
 from dod_models import artifact
 from dod_models.codec import Codec
 from dod_models.data import LatentShards
-from dod_models.encode import EncodeConfig, build_latents, encode_batch
+from dod_models.encode import EncodeConfig, build_latents, encode_batch, shards_of
 from dod_models.images import ImageFolder
 
 from . import tiny
@@ -88,6 +88,9 @@ def test_the_number_of_processes_changes_no_byte(pipeline, undisturbed, tmp_path
         assert written == {f"shard-{s:05}.npy" for s in range(13) if s % world >= rank}
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)
+    (work,) = (tmp_path / "state").iterdir()
+    inputs = {"dataset": pipeline.dataset, "codec": pipeline.codec, "state": tmp_path / "state"}
+    assert shards_of(SETTINGS, **inputs) == (work, 13)
     monkeypatch.setattr("dod_models.encode.encode_batch", None)  # nothing is left to encode
     facts = build(pipeline, tmp_path)
     assert (tiny.digests(tmp_path / "latents"), facts) == undisturbed

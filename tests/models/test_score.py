@@ -17,7 +17,7 @@ from dod_models.features import SCHEMA as REFERENCE_SCHEMA
 from dod_models.features import FeatureSet
 from dod_models.model import ModelConfig
 from dod_models.sample import Samples
-from dod_models.score import ScoreConfig, build_metrics
+from dod_models.score import ScoreConfig, build_metrics, shards_of
 
 INPUTS = ("checkpoint", "reference", "codec", "stage1", "stage2")
 
@@ -116,6 +116,9 @@ def test_the_number_of_processes_changes_no_byte(pipeline, undisturbed, small_ba
         assert len(list(tmp_path.rglob("*.safetensors"))) == sum(s % world >= rank for s in range(10))
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)
+    (work,) = (tmp_path / "state").iterdir()
+    inputs = {name: getattr(pipeline, name) for name in INPUTS}
+    assert shards_of(SETTINGS, **inputs, state=tmp_path / "state") == (work, 10)
     monkeypatch.setattr(Evaluator, "features", None)  # nothing is left to do
     build(pipeline, tmp_path)
     assert (tmp_path / "metrics.json").read_bytes() == undisturbed

@@ -176,8 +176,8 @@ def pipeline(root: Path) -> Pipeline:
         ),
         ("latents", {"shard_size": 40}, data | {"codec": root / "codec", "state": root / "latents-state"}),
         ("train", TRAIN, {"latents": root / "latents", "state": root / "state"}),
-        ("stage1", SAMPLING, model),
-        ("stage2", GUIDED, model | {"previous": root / "stage1"}),
+        ("stage1", SAMPLING, model | {"state": root / "stage1-state"}),
+        ("stage2", GUIDED, model | {"previous": root / "stage1", "state": root / "stage2-state"}),
         ("metrics", {"num_samples": 70}, {**measured, **stages, "state": root / "metrics-state"}),
     ]
     facts = {}

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,10 @@ LONGEST = 200  # seconds
 
 def losses(project: Project) -> list[float]:
     return [json.loads(line)["loss"] for line in (project.root / "train/tiny/curve.jsonl").read_text().splitlines()]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: artifact.sha256_file(path) for path in folder.iterdir()}
 
 
 def together(machines: list[Project], words: tuple[str, ...]) -> list[str]:
@@ -47,6 +52,26 @@ def test_two_machines_score_as_one_process_does(own: Project):
     assert scores.read_bytes() == alone
     assert "score: 100%" in first and "score:   0%" not in first  # nothing was left to be done by one alone
     assert "score: " not in second and not (other.root / "metrics" / "tiny" / "tiny-6.json").exists()
+
+
+@pytest.mark.timeout(600)
+def test_two_machines_sample_as_one_process_does(own: Project):
+    """In micro-batches of 8, four of which make a shard, 70 samples are three shards: two of machine 0, one of 1."""
+    values = own.params()
+    values["experiments"]["tiny"]["sampling"]["batch_size"] = 8
+    own.write_params(values)
+    words, out = ("dod", "stage", "stage2", "tiny-6"), Path("samples", "tiny", "tiny-6", "stage2")
+    own.run(*words)
+    alone = digests(own.root / out)
+    own.run("rm", "-r", str(out), ".state/stage2")
+    other = own.copy(own.root.parent / "other")
+    shutil.rmtree(other.root / ".state", ignore_errors=True)
+    (other.root / ".state").symlink_to(own.root / ".state")
+    first, second = together([own, other], words)
+    assert digests(own.root / out) == alone != {}
+    assert "stage 2, process 1 of 2: 100%" in first and "stage 2: " not in first  # nothing was left for one alone
+    assert "%" not in second and not (other.root / out).exists()
+    assert len(list(own.root.glob(".state/stage2/tiny-6/*/done/samples-*.json"))) == 3
 
 
 @pytest.mark.timeout(600)
