@@ -134,19 +134,7 @@ def do_stage(given: argparse.Namespace) -> int:
 
         lifeline.hold(int(caller) if (caller := os.environ.get(lifeline.CALLER)) else None)
     from dod_models import artifact
-    from dod_pipeline import (
-        cluster,
-        costs,
-        fetch,
-        launch,
-        listing,
-        mirror,
-        provisional,
-        records,
-        sources,
-        stages,
-        union,
-    )
+    from dod_pipeline import costs, launch, listing, mirror, provisional, records, sources, stages, union
     from dod_pipeline.config import load_params
 
     params = load_params()
@@ -160,8 +148,6 @@ def do_stage(given: argparse.Namespace) -> int:
         return 0
     if job.stage == "dataset":
         listing.advise(given.key)
-    if not cluster.takes(job.stage, params.deployment):
-        fetch.inputs(job)
     started = time.monotonic()
     with provisional.beside(params, job), mirror.beside(params, job) as forget:
         ran = launch.run(job, params.deployment)

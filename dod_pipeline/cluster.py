@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from dod_models import artifact, cli
@@ -19,12 +18,11 @@ from dod_models.images import in_order
 from dod_models.sweeps import TOOK
 from dod_pipeline import ledger, objects, stages
 from dod_pipeline.deployment import Deployment
-from dod_pipeline.objects import Content
+from dod_pipeline.objects import Content, File
 from dod_pipeline.parcel import NO_INPUT, Mark, Parcel, Result
 from dod_pipeline.ray_client import SHIPPED, Submission, log
 from dod_pipeline.s3 import Bucket, Object, reaching
 from dod_pipeline.stages import Job
-
 
 # What a deployment may send to the cluster: everything with a network in it. What remains reads files.
 SENT = ("reference", "codec", "latents", "train", "stage1", "stage2", "metrics", "sweeps", "trial")
@@ -122,9 +120,9 @@ def take(parcel: Parcel, result: Result, job: Job, bucket: Bucket) -> None:
         if cli.main(job.arguments()) != 0:
             raise OSError(f"{parcel.stage} of {parcel.key}: the shards could not be put together, as said above")
         return
-    places = {"facts": job.facts, "picture": job.inputs.get("picture"), "out": job.out}
+    places = {"took": None, "facts": job.facts, "picture": job.inputs.get("picture"), "out": job.out}
     if "took" in result.files:
-        places = {"took": job.inputs["state"] / TOOK} | places
+        places["took"] = job.inputs["state"] / TOOK
     data = Bucket(f"{parcel.storage}/{objects.FOLDER}")
     for name, path in places.items():
         if path is not None and name in result.files:
@@ -163,7 +161,11 @@ def fetch_output(data: Bucket, content: Content, target: Path, *, config: str) -
     beside = target.with_name(f".{target.name}.partial")
     objects.clear(beside)
     beside.parent.mkdir(parents=True, exist_ok=True)
-    for _ in in_order(lambda file: objects.fetch(data, file, objects.place(beside, file)), content, ahead=objects.AHEAD):
+
+    def fetch(file: File) -> None:
+        objects.fetch(data, file, objects.place(beside, file))
+
+    for _ in in_order(fetch, content, ahead=objects.AHEAD):
         pass
     if not beside.is_dir():  # numbers and pictures have no manifest; their digest was checked
         os.replace(beside, target)

@@ -82,6 +82,7 @@ class Ray(Frozen):
     gpus: NonNegativeInt = 1  # 0: the CPU computes
     cpus: PositiveInt = 4
     losses: NonNegativeInt = 20  # of nodes, after which a stage is given up
+    patience: PositiveFloat = 90  # seconds without an answer of the head, after which it is given up
 
 
 class Deployment(Frozen):

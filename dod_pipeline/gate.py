@@ -191,7 +191,8 @@ def calibrate(params: Params, keys: list[str]) -> Calibration:
     trials.check_retrains(retrains)
     seeds, num_blocks = trials.seeds_of(first), params.experiments[first.experiment].gate.min_blocks
     with artifact.locked(trials.CACHE):
-        fids = {one.key: [fid_of(one, seeds, params.deployment)(block) for block in range(num_blocks)] for one in retrains}
+        asked = {one.key: fid_of(one, seeds, params.deployment) for one in retrains}
+        fids = {key: [fid(block) for block in range(num_blocks)] for key, fid in asked.items()}
     tolerance, spread = paired.calibrated_tolerance([fmean(found) for found in fids.values()])
     block_seeds = trials.block_seeds(seeds, num_blocks)
     return Calibration.model_validate(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dod_models import cli
 from dod_models.config import STOPPED
-from dod_pipeline import cluster
+from dod_pipeline import cluster, fetch
 from dod_pipeline.deployment import Deployment
 from dod_pipeline.lifeline import held
 from dod_pipeline.stages import Job
@@ -66,9 +66,10 @@ class Ran(NamedTuple):
 
 
 def run(job: Job, deployment: Deployment) -> Ran:
-    """Run the job where the deployment says."""
+    """Run the job where the deployment says, what it reads from S3 brought there."""
     if cluster.takes(job.stage, deployment):
         return Ran(0, *cluster.run(job, deployment))
+    fetch.inputs(job)
     return Ran(run_here(job), device_name(), processes_of(job.stage) * machines_of(job.stage)[0])
 
 

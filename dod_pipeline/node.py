@@ -1,4 +1,4 @@
-"""What a machine of a cluster does for a parcel: it brings the inputs, computes a part or the whole, uploads the result.
+"""What a machine of a cluster does for a parcel: it brings the inputs, computes, uploads the result.
 
 Several processes of a machine share its copy of the inputs. Ray is not imported here.
 """
@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
-from dod_models import artifact, cli
+from dod_models import cli
 from dod_models.config import CACHE, this_process
 from dod_models.sweeps import TOOK
 from dod_pipeline import fetch, objects
@@ -57,6 +57,7 @@ class Node:
 
     def shard(self, index: int) -> str:
         """Make one shard in a folder of its own, upload it, then its mark; returns what computed it."""
+        print(f"{self.parcel.stage}: making shard {index}", flush=True)
         state = self.root / "shards" / str(index)
         job = self.job._replace(inputs=self.job.inputs | {"state": state})
         with process(index, self.parcel.shards):
@@ -65,8 +66,8 @@ class Node:
         found = sorted(p for folder in SHARD_FOLDERS for p in (work / folder).glob("[!.]*"))
         if not found:
             raise StageError(
-                f"{self.parcel.id}: the work on this machine is another than that of who sent it: its torch or its code "
-                "differs; start the cluster from the image of the same commit"
+                f"{self.parcel.id}: no {work.name} in {state}: torch or the code here is another than that of the sender; "
+                "start the cluster from the image of the same commit"
             )
         names = {path: f"{self.parcel.state}/{path.relative_to(work).as_posix()}" for path in found}
         mark = Mark(objects=tuple(self.bucket.upload(path, name) for path, name in names.items()), device=device_name())

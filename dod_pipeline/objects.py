@@ -1,4 +1,4 @@
-"""Files and folders by content, in S3 under the names that DVC's remote gives them: what DVC has pushed is there already.
+"""Files and folders by content, in S3 under the names that DVC's remote gives them: what DVC has pushed is there.
 
 A content is a list of files with their md5, which is a name here and no proof: stages check the sha256 of manifests.
 """

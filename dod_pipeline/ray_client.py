@@ -22,7 +22,6 @@ log = logging.getLogger("dod_models.ray")  # what `cli.reporting` shows, and tel
 SHIPPED = ("dod_models", "dod_pipeline")  # the code that a job runs: these of the commit
 POLL = 2.0  # seconds between two looks at a job
 ANSWER = 30.0  # seconds that the job server has for one answer
-PATIENCE = 90.0  # seconds without any, after which the head is given up
 STOP = 60.0  # seconds that a job has to end when it is told to
 RUNNING = ("PENDING", "RUNNING")  # Ray's names for the status of a job that has not ended
 
@@ -37,15 +36,15 @@ class Submission:
             from ray.job_submission import JobSubmissionClient
         except ImportError:
             raise ValueError(
-                "deployment.compute: ray wants the package ray, which is not installed: `make ray`, or set compute: local"
+                "deployment.compute: ray wants the package ray, which is not here: `make ray`, or set compute: local"
             ) from None
         self.parcel, self.address = parcel, parcel.cluster.address
         self.client: Any = self.asked(partial(JobSubmissionClient, self.address))
         self.seen = 0  # characters of the log that were shown
 
-    def asked(self, question: Callable[[], Answer], *, patience: float = PATIENCE) -> Answer:
-        """The job server's answer; ConnectionError once it has given none for that time."""
-        end = time.monotonic() + patience
+    def asked(self, question: Callable[[], Answer], *, once: bool = False) -> Answer:
+        """The job server's answer; ConnectionError once it has given none for as long as the deployment allows."""
+        end = time.monotonic() + (0 if once else self.parcel.cluster.patience)
         while True:
             try:
                 return in_time(question)
@@ -85,7 +84,7 @@ class Submission:
         log.info(f"{self.parcel.stage}: job {self.parcel.id} was sent to {self.address}")
 
     def follow(self) -> None:
-        """Start the job and show what it says until it ends; OSError where it failed. It is stopped with this process."""
+        """Start the job and show what it says until it ends; OSError where it failed. An interrupt stops it."""
         self.start()
         with self.stopping():
             teller = threading.Thread(target=self.tell, daemon=True)
@@ -95,7 +94,9 @@ class Submission:
             teller.join(timeout=ANSWER)
         if status != "SUCCEEDED":
             how = f"ended as {status}" if status else "is unknown to the cluster: it was started anew meanwhile"
-            raise OSError(f"job {self.parcel.id} {how}; what it said stands above. What it had made is kept: run it again")
+            raise OSError(
+                f"job {self.parcel.id} {how}; what it said stands above. What it had made is kept: run it again"
+            )
 
     def tell(self) -> None:
         """Show the job's log as it comes, from where it was lost if the connection breaks."""
@@ -124,7 +125,7 @@ class Submission:
             yield
         except (KeyboardInterrupt, SystemExit):
             log.info(f"{self.parcel.stage}: stopping job {self.parcel.id}")
-            self.asked(lambda: self.client.stop_job(self.parcel.id), patience=0)
+            self.asked(lambda: self.client.stop_job(self.parcel.id), once=True)
             end = time.monotonic() + STOP
             while self.status() in RUNNING and time.monotonic() < end:
                 time.sleep(POLL)

@@ -1,8 +1,8 @@
-"""`python -m dod_pipeline.ray_driver s3://BUCKET/PREFIX ID`: a job of a Ray cluster, which computes a parcel on its nodes.
+"""`python -m dod_pipeline.ray_driver s3://BUCKET/PREFIX ID`: the job of a Ray cluster that computes a parcel.
 
-It runs on the head and computes nothing itself. A training is Ray Train's TorchTrainer around the unchanged stage; other
-stages are a task for each shard, or one for the whole: losing a node costs one of them. What a stage says of its input
-is told once; what a node's loss breaks is computed again.
+It runs on the head and computes nothing itself. A training is Ray Train's TorchTrainer around the unchanged stage; any
+other stage is a task for each shard, or one for the whole: losing a node costs one of them. A stage's own error ends
+the job; what a node's loss breaks is computed again.
 """
 
 import argparse

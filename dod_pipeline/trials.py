@@ -167,9 +167,7 @@ def expected(one: Subject) -> dict[str, Any]:
     return {"weights": one.weights, "reference": one.measure.reference, "codec": one.measure.codec}
 
 
-def scores(
-    one: Subject, block: int, *, seeds: dict[str, int], deployment: Deployment
-) -> dict[str, dict[str, float]]:
+def scores(one: Subject, block: int, *, seeds: dict[str, int], deployment: Deployment) -> dict[str, dict[str, float]]:
     """Scores of each stage in a block, from `.state/gate/` or computed now."""
     wanted = job(one, block, seeds=seeds)
     if not wanted.out.is_file():

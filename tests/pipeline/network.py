@@ -36,7 +36,7 @@ class Host(NamedTuple):
     address: str
 
     def command(self, words: list[str], *, tmp: Path) -> list[str]:
-        """The command, to be run there, with a /tmp and processes of its own, which all end when what waits there does."""
+        """The command, to be run there, with a /tmp of its own, and processes that all end together."""
         inside = ["sh", "-c", 'mount --bind "$0" /tmp && "$@" && exec sleep infinity', str(tmp), *words]
         return ["ip", "netns", "exec", self.name, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *inside]
 

@@ -5,14 +5,16 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from dod_pipeline.lifeline import held
 
-from .network import Host, Network, network
+from .bucket import S3
+from .network import Host, Network
 
 BIN = Path(sys.executable).parent
 MEMORY = str(100 * 2**20)  # bytes of a node's object store
@@ -21,10 +23,10 @@ MEMORY = str(100 * 2**20)  # bytes of a node's object store
 class Cluster:
     """The head's address, and the nodes; `environment` is what whoever uses the cluster must have set."""
 
-    def __init__(self, net: Network, folder: Path, variables: dict[str, str]) -> None:
-        self.net, self.folder = net, folder
+    def __init__(self, net: Network, folder: Path, s3: S3) -> None:
+        self.net, self.folder, self.s3, self.nodes = net, folder, s3, list[Host]()
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.variables = self.environment | variables | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        self.variables = self.environment | s3.environment() | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
         self.head = self.start_head()
 
     @property
@@ -44,7 +46,29 @@ class Cluster:
         """A node with one CPU, which has joined."""
         host = self.net.add()
         self.start(host, [f"--address={self.head.address}:6379", "--num-cpus=1"], wait_for="Ray runtime started")
+        self.nodes.append(host)
         return host
+
+    def running(self, host: Host) -> str:
+        """The command lines of a host's processes."""
+        found = []
+        for pid in host.pids():
+            with suppress(psutil.NoSuchProcess):
+                found.append(" ".join(psutil.Process(pid).cmdline()))
+        return "\n".join(found)
+
+    def lose(self, *hosts: Host) -> None:
+        """End all that runs on these machines, at once."""
+        for host in hosts:
+            host.kill()
+        self.nodes = [host for host in self.nodes if host not in hosts]
+
+    def start_anew(self) -> None:
+        """Another head, and two nodes."""
+        self.lose(*self.nodes)
+        self.start_head()
+        self.add_node()
+        self.add_node()
 
     def start(self, host: Host, options: list[str], *, wait_for: str) -> None:
         """`ray start` on a host, until it says so."""
@@ -68,15 +92,3 @@ class Cluster:
     def log(self, host: Host) -> Path:
         """What a host's Ray has said."""
         return self.folder / f"{host.name}.log"
-
-
-@contextmanager
-def cluster(folder: Path, variables: dict[str, str], net: Network, *, nodes: int = 2) -> Iterator[Cluster]:
-    """A cluster; it ends with the network."""
-    found = Cluster(net, folder, variables)
-    for _ in range(nodes):
-        found.add_node()
-    yield found
-
-
-__all__ = ["Cluster", "cluster", "network"]

@@ -1,92 +1,242 @@
 """A project whose stages run on a real Ray cluster of two nodes, which have addresses of their own and may be lost.
 
-Nodes reach the bucket and each other by those addresses alone. The local results are those of the fixture `built`.
+Nodes reach the bucket and each other by those addresses alone, and demand a token. The results to compare with are
+those of the fixture `built`, which computed here.
 """
 
 import json
-import os
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from .bucket import S3, serve
+from .bucket import BUCKET, serve
 from .network import HUB, lacks, network
-from .processes import Command, alive, end_all
+from .processes import Command, assert_all_end, end_all, wait_for
 from .project import BIN, Project
 from .ray_nodes import Cluster
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(lacks() is not None, reason=str(lacks())),
     pytest.mark.skipif(not (BIN / "ray").exists(), reason="ray is not installed: `make ray`"),
 ]
 
-STORAGE = "s3://data/team"
+WORKER = "RayTrainWorker"  # in the name of the process that trains
+SENT = ("reference", "codec", "latents", "train", "stage1", "stage2", "metrics", "sweeps")
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(built: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes beside a head, and an S3 server at the hub, which this process and its commands have entered."""
-    with network() as net, serve(tmp_path_factory.mktemp("s3"), address=HUB) as s3:
-        variables = s3.environment()
-        found = Cluster(net, tmp_path_factory.mktemp("nodes"), variables)
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in {**variables, **found.environment}.items():
-                patch.setenv(name, value)
-            found.s3 = s3
-            for _ in range(2):
-                found.add_node()
-            yield found
-    end_all()
-
-
-@pytest.fixture
-def bucket(cluster: Cluster) -> S3:
-    return cluster.s3
+    with (
+        network() as net,
+        serve(tmp_path_factory.mktemp("s3"), address=HUB) as s3,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        found = Cluster(net, tmp_path_factory.mktemp("nodes"), s3)
+        for name, value in {**s3.environment(), **found.environment}.items():
+            patch.setenv(name, value)
+        found.add_node()
+        found.add_node()
+        yield found
+        end_all()
 
 
 @pytest.fixture
 def project(cluster: Cluster, built: Project, tmp_path: Path) -> Project:
     """The tiny project, nothing of it made, whose deployment is the cluster, with a prefix of its own."""
-    return deployed(cluster, built.clone(tmp_path / "project"), tmp_path.name)
+    found = built.clone(tmp_path / "project")
+    deploy(found, cluster)
+    return found
 
 
-def deployed(cluster: Cluster, project: Project, prefix: str, **changes: Any) -> Project:
-    """Have the project use the cluster."""
-    params = project.params()
+def deploy(project: Project, cluster: Cluster, **changes: Any) -> None:
+    """Have the project compute on the cluster, from the start."""
+    values = project.params()
     ray = {"address": cluster.address, "gpus": 0, "cpus": 1, "training_workers": 1, "losses": 3}
-    storage = {"url": f"{STORAGE}/{prefix}", "push": "never"}
-    params["deployment"] = {"compute": "ray", "ray": ray | changes, "storage": storage}
-    project.write_params(params)
+    values["deployment"] = {
+        "compute": "ray",
+        "ray": ray | changes,
+        "storage": {"url": f"s3://{BUCKET}/{project.root.parent.name}", "push": "never"},
+    }
+    project.write_params(values)
     (project.root / "dvc.lock").unlink(missing_ok=True)
     project.commit("on a cluster")
-    return project
 
 
-def train_longer(project: Project, steps: int) -> None:
-    """Enough steps for a node to be lost on the way."""
-    params = project.params()
-    params["experiments"]["tiny"]["train"] |= {"steps": steps, "save_every": steps, "state_every": 10}
-    params["checkpoints"] = {"tiny-6": {"experiment": "tiny", "data": "tiny", "step": steps}}
-    params["sweeps"] = {}
-    project.write_params(params)
-    project.commit("longer")
+def change(project: Project, *, train: dict[str, Any], sampling: dict[str, Any]) -> None:
+    """Give the experiment other settings."""
+    values = project.params()
+    experiment = values["experiments"]["tiny"]
+    experiment["train"] |= train
+    experiment["sampling"] |= sampling
+    step = experiment["train"]["steps"]
+    values["checkpoints"] = {"tiny-6": {"experiment": "tiny", "data": "tiny", "step": step}}
+    values["sweeps"] = {}
+    project.write_params(values)
+    project.commit("other settings")
 
 
-def md5s(project: Project, but: tuple[str, ...] = ("report",)) -> dict[str, str]:
-    """Of the outputs that two equal runs have alike."""
+LONG = {"steps": 400, "save_every": 200, "state_every": 10, "log_every": 10}
+SHARDED = {"num_samples": 480, "batch_size": 10}  # micro-batches of which several make a shard
+
+
+def here(project: Project, root: Path, until: str) -> Project:
+    """The same settings, computed on this machine."""
+    local = project.clone(root)
+    values = local.params()
+    values.pop("deployment")
+    local.write_params(values)
+    local.dod("run", "tiny", "--until", until)
+    return local
+
+
+def made(project: Project, *, but: str = "report") -> dict[str, str]:
+    """md5 of the outputs, without those that two equal runs have different."""
     return {path: md5 for path, md5 in project.outs().items() if not path.startswith(but)}
 
 
-def test_every_stage_on_the_cluster_gives_what_it_gives_here(project: Project, built: Project):
+def keys(cluster: Cluster, below: str) -> list[str]:
+    """Objects in the bucket."""
+    pages = cluster.s3.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=below)
+    return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+
+def jobs(cluster: Cluster) -> dict[str, str]:
+    """Status of the cluster's jobs, by name."""
+    listed = subprocess.run(
+        [BIN / "ray", "list", "jobs", "--format=json", f"--address={cluster.address}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {job["submission_id"]: job["status"] for job in json.loads(listed.stdout) if job["submission_id"]}
+
+
+def job_of(cluster: Cluster, stage: str, known: set[str]) -> str:
+    """The name of a stage's job that is not one of those known."""
+    return next(name for name in jobs(cluster) if name.startswith(f"dod-{stage}-") and name not in known)
+
+
+def test_every_stage_gives_on_the_cluster_what_it_gives_here(cluster: Cluster, project: Project, built: Project):
     printed = project.dod("run", "tiny").stdout
-    assert md5s(project) == md5s(built)
-    for stage in ("reference", "codec", "latents", "train", "stage1", "stage2", "metrics", "sweeps"):
-        assert f"job dod-{stage}-tiny" in printed
+    assert made(project) == made(built)  # to the bit: one thread, one worker
+    for stage in SENT:
+        assert f"dod-{stage}-tiny" in printed
+    assert "train: step 6" in printed  # a node's log line, as it came
+    assert not keys(cluster, f"{project.root.parent.name}/parcels/")
+    assert not keys(cluster, f"{project.root.parent.name}/state/")
     assert "Nothing to do" in project.dod("run", "tiny").stdout
+
+
+def test_two_workers_train_as_one_to_float_tolerance(cluster: Cluster, project: Project, built: Project):
+    deploy(project, cluster, training_workers=2)
+    project.dod("run", "tiny", "--until", "train")
+    ours, theirs = (
+        [json.loads(line) for line in (p.root / "train" / "tiny" / "curve.jsonl").read_text().splitlines()]
+        for p in (project, built)
+    )
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-4)
+    ledgers = [(p.root / "train" / "tiny" / "ledger.jsonl").read_text() for p in (project, built)]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_training_goes_on_when_its_node_is_lost(cluster: Cluster, project: Project, tmp_path: Path):
+    change(project, train=LONG, sampling={})
+    project.dod("run", "tiny", "--until", "latents")
+    command = Command(project, "dod", "run", "tiny", "--until", "train")
+    index = f"{project.root.parent.name}/state/train/tiny/"
+    assert wait_for(lambda: any(key.endswith("index.json") for key in keys(cluster, index)), 240), command.text
+    lost = next(host for host in cluster.nodes if WORKER in cluster.running(host))
+    cluster.lose(lost)
+    cluster.add_node()
+    assert command.end(600) == 0, command.text
+    assert command.text.count("train: beginning") == 1 and "train: going on from step" in command.text
+    local = here(project, tmp_path / "local", "train")
+    assert made(project) == made(local)
+
+
+def test_a_lost_node_costs_the_shards_that_it_was_making(cluster: Cluster, project: Project, tmp_path: Path):
+    change(project, train={}, sampling=SHARDED)
+    project.dod("run", "tiny", "--until", "train")
+    command = Command(project, "dod", "run", "tiny", "--until", "stage1")
+    marks = f"{project.root.parent.name}/state/stage1/"
+    assert wait_for(lambda: sum("/shards/" in key for key in keys(cluster, marks)) >= 2, 240), command.text
+    cluster.lose(cluster.nodes[0])
+    cluster.add_node()
+    assert command.end(600) == 0, command.text
+    total = int(command.text.partition(" shards to make")[0].rpartition(" of ")[2])
+    begun = command.text.count("making shard ")
+    assert total < begun <= total + 2, command.text  # those of the lost node, and no other, were begun again
+    assert made(project) == made(here(project, tmp_path / "local", "stage1"))
+
+
+def test_a_killed_command_finds_its_job_running(cluster: Cluster, project: Project):
+    change(project, train=LONG, sampling={})
+    project.dod("run", "tiny", "--until", "latents")
+    known = set(jobs(cluster))
+    first = Command(project, "dod", "run", "tiny", "--until", "train")
+    assert wait_for(lambda: "train: step " in first.text, 240), first.text
+    first.process.kill()
+    assert_all_end(project.root, 30)
+    name = job_of(cluster, "train", known)
+    assert jobs(cluster)[name] == "RUNNING"
+    done = project.dod("run", "tiny", "--until", "train").stdout
+    assert f"{name} runs already" in done
+    assert [job for job in jobs(cluster) if job.startswith("dod-train-") and job not in known] == [name]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_the_run_stops_the_job_and_frees_the_nodes(cluster: Cluster, project: Project, number: signal.Signals):
+    change(project, train=LONG, sampling={})
+    project.dod("run", "tiny", "--until", "latents")
+    known = set(jobs(cluster))
+    command = Command(project, "dod", "run", "tiny", "--until", "train")
+    assert wait_for(lambda: "train: step " in command.text, 240), command.text
+    command.process.send_signal(number)
+    assert command.end(120) == 130, command.text
+    assert jobs(cluster)[job_of(cluster, "train", known)] == "STOPPED"
+    assert wait_for(lambda: not any(WORKER in cluster.running(host) for host in cluster.nodes), 60)
+    again = project.dod("run", "tiny", "--until", "train").stdout
+    assert "train: going on from step" in again
+
+
+def test_a_wrong_token_is_refused(cluster: Cluster, project: Project):
+    deploy(project, cluster, patience=5)
+    project.dod("run", "tiny", "--until", "dataset")
+    begun = time.monotonic()
+    done = project.run("dod", "stage", "reference", "tiny", status=1, RAY_AUTH_TOKEN="0" * 64)
+    assert cluster.address in done.stderr and "token" in done.stderr
+    assert cluster.environment["RAY_AUTH_TOKEN"] not in done.stderr + done.stdout
+    assert time.monotonic() - begun < 120
+
+
+def test_a_lost_head_is_told_and_nothing_is_lost(cluster: Cluster, project: Project, tmp_path: Path):
+    """Last, as it ends the cluster: the next one goes on with what the bucket has."""
+    deploy(project, cluster, patience=10)
+    change(project, train=LONG, sampling={})
+    project.dod("run", "tiny", "--until", "latents")
+    command = Command(project, "dod", "run", "tiny", "--until", "train")
+    index = f"{project.root.parent.name}/state/train/tiny/"
+    assert wait_for(lambda: any(key.endswith("index.json") for key in keys(cluster, index)), 240), command.text
+    cluster.lose(cluster.head)
+    assert command.end(180) == 1
+    assert f"the Ray cluster at {cluster.address} doesn't answer" in command.text
+    cluster.start_anew()
+    deploy_to(project, cluster)
+    done = project.dod("run", "tiny", "--until", "train").stdout
+    assert "train: going on from step" in done
+    assert made(project) == made(here(project, tmp_path / "local", "train"))
+
+
+def deploy_to(project: Project, cluster: Cluster) -> None:
+    """Name the cluster's new address; what was made stays."""
+    values = project.params()
+    values["deployment"]["ray"]["address"] = cluster.address
+    project.write_params(values)
