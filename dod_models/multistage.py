@@ -1,7 +1,7 @@
 """Stages `stage1` and `stage2`: samples on disk, those of a stage from those of the stage before (eq. 5).
 
 A shard of whole micro-batches is the unit of work: one of several processes makes every so many of them, a killed run
-goes on with those that lack. Its bytes depend on its samples alone (on a CPU the last bits may depend on the threads too).
+goes on with those that lack. Its bytes depend on its samples alone (on a CPU, the last bits perhaps on the threads).
 """
 
 import logging

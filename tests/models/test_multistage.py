@@ -14,7 +14,7 @@ from dod_models.checkpoint import load_checkpoint, save_checkpoint
 from dod_models.codec import Codec
 from dod_models.multistage import build_stage, shards_of
 from dod_models.picture import GAP, MARGIN
-from dod_models.sample import SCHEMA, SampleConfig, Samples, sample_stage
+from dod_models.sample import SCHEMA, SampleConfig, Samples, sample_rows, sample_stage
 
 from . import tiny
 
@@ -158,7 +158,7 @@ def undisturbed(given, tmp_path_factory):
 @pytest.fixture
 def made(monkeypatch):
     """First samples of the shards that are made from now on."""
-    found, sample_rows = [], multistage.sample_rows
+    found = []
 
     def counted(*arguments, rows, **options):
         found.append(rows.start)
