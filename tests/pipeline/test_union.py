@@ -167,9 +167,6 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(go: Callable[[str], 
     found = union.look(bucket, names, union.Known(frozenset(), names[0], 1e12))
     assert found == (frozenset(), names[1], 1e12)
     assert sorted(path.name for path in root.iterdir()) == [".state", "params.yaml"]
-        ".state",
-        "params.yaml",
-    ]
 
 
 def test_without_s3_commands_warn_and_go_on_and_a_later_one_makes_it_good(
