@@ -81,18 +81,13 @@ def parser() -> argparse.ArgumentParser:
 
 def do_run(given: argparse.Namespace) -> int:
     """Make the experiments' stages where they are outdated, through Dagster; then their tables and pictures."""
-    from dod_models import artifact
-    from dod_pipeline import runs, stages, union
+    from dod_pipeline import runs, union
     from dod_pipeline.config import load_params
 
     params = load_params()
     union.sync()  # for the checks that look at verdicts
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    jobs = runs.run(params, given.experiments, given.until)
-    for stage, key in jobs:  # what DVC has recorded need not be kept twice
-        for state in stages.state_of(stage, key).values():
-            artifact.forget_finished(state)
-    show_results(params, jobs)
+    show_results(params, runs.run(params, given.experiments, given.until))
     return 0
 
 
@@ -150,10 +145,8 @@ def do_stage(given: argparse.Namespace) -> int:
         listing.advise(given.key)
     fetch.inputs(job)
     started = time.monotonic()
-    with provisional.beside(params, job), mirror.beside(params, job) as forget:
+    with provisional.beside(params, job), mirror.beside(params, job):
         code = launch.run(job)
-        if code == 0:
-            forget()
     if code != 0 or launch.is_helper(job.stage):  # the first machine has the results
         return code
     seconds = time.monotonic() - started
