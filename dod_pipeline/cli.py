@@ -81,18 +81,13 @@ def parser() -> argparse.ArgumentParser:
 
 def do_run(given: argparse.Namespace) -> int:
     """Make the experiments' stages where they are outdated, through Dagster; then their tables and pictures."""
-    from dod_models import artifact
-    from dod_pipeline import runs, stages, union
+    from dod_pipeline import runs, union
     from dod_pipeline.config import load_params
 
     params = load_params()
     union.sync()  # for the checks that look at verdicts
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    jobs = runs.run(params, given.experiments, given.until)
-    for stage, key in jobs:  # what DVC has recorded need not be kept twice
-        for state in stages.state_of(stage, key).values():
-            artifact.forget_finished(state)
-    show_results(params, jobs)
+    show_results(params, runs.run(params, given.experiments, given.until))
     return 0
 
 
@@ -149,10 +144,8 @@ def do_stage(given: argparse.Namespace) -> int:
     if job.stage == "dataset":
         listing.advise(given.key)
     started = time.monotonic()
-    with provisional.beside(params, job), mirror.beside(params, job) as forget:
+    with provisional.beside(params, job), mirror.beside(params, job):
         ran = launch.run(job, params.deployment)
-        if ran.code == 0:
-            forget()
     if ran.code != 0 or launch.is_helper(job.stage):  # the first machine has the results
         return ran.code
     seconds = time.monotonic() - started

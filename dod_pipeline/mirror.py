@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -231,12 +231,30 @@ def unheeding() -> Iterator[None]:
 
 
 @contextmanager
-def beside(params: Params, job: Job) -> Iterator[Callable[[], None]]:
-    """While a training runs, mirror it where `deployment.storage` says; yields what to call once its output stands."""
-    url, work = params.deployment.storage.url, stages.work_of(job)
+def beside(params: Params, job: Job) -> Iterator[None]:
+    """While a training runs here, mirror it where `deployment.storage` says."""
+    work = stages.work_of(job)
     elsewhere = launch.is_helper(job.stage) or cluster.takes(job.stage, params.deployment)
-    if url is None or work is None or elsewhere:
-        yield lambda: None
+    if params.deployment.storage.url is None or work is None or elsewhere:
+        yield
         return
-    with mirrored(Mirror(f"{url}/state/{job.stage}/{job.key}/{work.name}", work)) as mirror:
-        yield mirror.forget
+    forget_finished(params, job.stage, job.key, but=work.name)
+    with mirrored(of(params, job.stage, job.key, work)):
+        yield
+
+
+def of(params: Params, stage: str, key: str, work: Path) -> Mirror:
+    """The mirror of a work folder of a stage instance, where a place in S3 is given."""
+    return Mirror(f"{params.deployment.storage.url}/state/{stage}/{key}/{work.name}", work)
+
+
+def forget_finished(params: Params, stage: str, key: str, *, but: str | None = None) -> None:
+    """Remove a stage instance's work that was published, here and in S3: DVC has recorded its output, and pushed it if
+    it is to. Until then a machine that is lost may leave nothing else of it."""
+    for state in stages.state_of(stage, key).values():
+        if stage == "train" and params.deployment.storage.url is not None:
+            for manifest in state.glob(f"*/out/{MANIFEST}"):
+                work = manifest.parents[1]
+                if work.name != but:
+                    of(params, stage, key, work).forget()
+        artifact.forget_finished(state, but=but)

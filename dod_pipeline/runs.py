@@ -16,7 +16,7 @@ from dagster._utils.env import environ
 from sqlalchemy.exc import SQLAlchemyError
 from yaml import YAMLError
 
-from dod_pipeline import dvc_keep, dvc_repo, listing, remote, stages
+from dod_pipeline import dvc_keep, dvc_repo, dvc_transfer, listing, mirror, remote, stages
 from dod_pipeline.config import Params
 from dod_pipeline.definitions import define, keep
 from dod_pipeline.dvc_assets import Pipeline
@@ -125,6 +125,10 @@ def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[st
             else:
                 tags = {OWNER: owner(root), "dod/experiment": ",".join(experiments), dvc_keep.KEPT: "dod run"}
                 execute(found, definitions, [pipeline.keys[name] for name in due], tags, run_id)
+    owed = dvc_transfer.owed(root)
+    for stage, key in jobs:  # what is recorded, and pushed if it is to be, need not be kept twice
+        if dvc_repo.address(stage, key) not in owed:
+            mirror.forget_finished(params, stage, key)
     return jobs
 
 

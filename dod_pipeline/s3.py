@@ -1,12 +1,13 @@
 """Objects in S3: whole or not at all, each one checked, in bounded time.
 
-Credentials, region and endpoint (AWS_ENDPOINT_URL_S3) are found as boto3 and the aws command find them. Who tries what
-again, each a bounded number of times and after random pauses:
+Credentials, region and endpoint (AWS_ENDPOINT_URL_S3) are found as boto3 and the aws command find them. What may pass
+is tried again after random pauses, a bounded number of times, by whom it concerns:
 
-* botocore a request that fails: SlowDown, 500 to 504, a connection refused, reset or silent. A server that accepts and
-  never answers is an error after REQUESTS x SILENCE seconds; what S3 refuses (a wrong secret, no permission) at once;
-* boto3's transfer manager sends large files in parts, each a request, and aborts what fails at last;
-* `s3_attempts` what they leave: an answer that breaks off or arrives damaged, parts that S3 forgot.
+* botocore repeats a request: SlowDown, 500 to 504, a connection refused, reset or silent. A server that accepts and
+  then says nothing, or takes nothing, is an error after REQUESTS x SILENCE seconds; what S3 refuses (a wrong secret, no
+  permission) is one at once;
+* boto3's transfer manager sends large files in parts, each a request, and has them removed if one fails at last;
+* `s3_attempts` repeats the whole: outages of seconds, an answer that breaks off or is damaged, parts that S3 forgot.
 """
 
 import os
@@ -18,13 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dod_models.config import S3
-from dod_pipeline.s3_attempts import BUSY, BrokenError, Progress, absent, again, chunks, counted, telling
+from dod_pipeline.s3_attempts import BrokenError, Progress, absent, again, chunks, counted, telling
 from dod_pipeline.s3_etag import EtagCheck, is_digest, is_encrypted
 
 CONNECTIONS = 16  # transfers at once
-CONNECT = 15.0  # seconds until a server must have accepted
-SILENCE = 30.0  # seconds that it may say nothing
-REQUESTS = 5  # attempts of one request, by botocore
+SILENCE = 30.0  # seconds in which a server must accept, take some bytes or say some
+REQUESTS = 6  # attempts of one request, by botocore
 PART = 16 * 2**20  # bytes: larger files go up in parts of this size
 AT_ONCE = 1000  # S3's limit
 ANY = "*"  # whatever is there, or nothing: no ETag
@@ -76,7 +76,7 @@ class Bucket:
         self.url, self.bucket, self.prefix = url.rstrip("/"), bucket, f"{prefix}/" if prefix else ""
         session = boto3.session.Session()  # its own: boto3's default one remembers the credentials it found first
         config = Config(
-            connect_timeout=CONNECT,
+            connect_timeout=SILENCE,
             read_timeout=SILENCE,
             retries={"total_max_attempts": REQUESTS, "mode": "standard"},
             max_pool_connections=2 * CONNECTIONS,  # the transfer manager's, and as many downloads
@@ -154,9 +154,8 @@ class Bucket:
                 found = wanted.etag if check is None else check.etag()
                 if (size, found) != (wanted.size, wanted.etag):
                     raise BrokenError(
-                        f"{self.url}: {wanted.name} arrived with {size} bytes and ETag {found}, listed are "
-                        f"{wanted.size} and {wanted.etag}: it was damaged on the way, or there; try again, then upload "
-                        "it again"
+                        f"arrived with {size} bytes and ETag {found}, listed are {wanted.size} and {wanted.etag}: it "
+                        "was damaged on the way, or there; try again, then upload it again"
                     )
             os.replace(partial_file, path)
         finally:
@@ -234,7 +233,9 @@ class Bucket:
 
     def remove_once(self, keys: list[dict[str, str]]) -> None:
         """One attempt."""
+        from botocore.exceptions import ClientError
+
         done = self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": keys, "Quiet": True})
         for failed in done.get("Errors", []):
-            kind = BrokenError if failed["Code"] in BUSY else ConnectionError
-            raise kind(f"{S3}{self.bucket}/{failed['Key']}: not removed: {failed['Code']}: {failed.get('Message', '')}")
+            said = {"Code": failed["Code"], "Message": f"{failed['Key']}: {failed.get('Message', '')}"}
+            raise ClientError({"Error": said}, "DeleteObjects")

@@ -1,6 +1,7 @@
 """Attempts at S3, and what comes after one that fails: another one after a random pause, or an error that says why.
 
-Botocore repeats requests; it neither repeats nor wraps what goes wrong once an answer has begun.
+Botocore repeats requests, within a second or two and, for all threads of a client, some thirty; it neither repeats nor
+wraps what goes wrong once an answer has begun.
 """
 
 import random
@@ -10,21 +11,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-TRIES = 5  # of what breaks off, here
+TRIES = 5
 PAUSE = 0.5  # seconds: the first pause lasts up to twice that, each further one up to twice the last
 CHUNK = 2**20  # bytes
 # S3's words for: it isn't there, or not in this version; and for what may pass, though botocore takes it for an answer.
 ABSENT = {"NoSuchKey", "404", "PreconditionFailed"}
 PASSING = {"NoSuchUpload", "BadDigest", "XAmzContentChecksumMismatch", "ConditionalRequestConflict"}
-BUSY = {"InternalError", "SlowDown", "ServiceUnavailable"}  # of one name among many
+PASSING |= {"InternalError", "SlowDown", "ServiceUnavailable"}  # of one name among many; else they are a STATUS
+STATUS = {500, 502, 503, 504}
 HIDDEN = re.compile(r"(?<=Invalid header value ).*|(?<=://)[^/@\s]*@")  # a token with a line's end; user:password@
 
 Progress = Callable[[int], Any]  # is told bytes as they pass; they are negative where an attempt failed
 Result = TypeVar("Result")
 
 
-class BrokenError(ConnectionError):
-    """An attempt failed for a reason that may pass."""
+class BrokenError(Exception):
+    """An attempt failed for a reason that may pass; told as the others are."""
 
 
 @contextmanager
@@ -36,7 +38,7 @@ def telling(place: str) -> Iterator[None]:
 
     try:
         yield
-    except (BotoCoreError, ClientError, ResponseParserError, HTTPError) as error:
+    except (BotoCoreError, ClientError, ResponseParserError, HTTPError, BrokenError) as error:
         raise ConnectionError(
             f"{place}: {HIDDEN.sub('...', str(error))}; look at the credentials and what they permit, the region, the "
             "clock and AWS_ENDPOINT_URL_S3: `aws s3 ls` finds them in the same places. What is whole is kept"
@@ -57,11 +59,16 @@ def again(place: str, attempt: Callable[[], Result]) -> Result:
 
 
 def passes(error: Exception) -> bool:
-    """Whether an error, at which botocore gives up, may not come again: an answer broke off, S3 forgot an upload."""
+    """Whether what botocore gave up may go well later: not where S3 refuses, nor where a server was silent for long."""
+    from botocore.exceptions import ConnectionClosedError, EndpointConnectionError
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
-    return isinstance(error, BrokenError | HTTPError | ResponseParserError) or refusal(error) in PASSING
+    if isinstance(
+        error, ConnectionClosedError | EndpointConnectionError | ResponseParserError | HTTPError | BrokenError
+    ):
+        return True
+    return answer_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode") in STATUS or refusal(error) in PASSING
 
 
 @contextmanager
@@ -105,4 +112,9 @@ def absent() -> Iterator[None]:
 
 def refusal(error: Exception) -> str:
     """S3's code for why it refused."""
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    return str(answer_of(error).get("Error", {}).get("Code", ""))
+
+
+def answer_of(error: Exception) -> dict[str, Any]:
+    """S3's answer, if the error is one."""
+    return getattr(error, "response", None) or {}

@@ -11,13 +11,14 @@ and once an hour; they are kept below `.state/history/`.
 import json
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -30,7 +31,10 @@ from dod_pipeline.s3 import CONNECTIONS, Bucket, ChangedError, reaching
 RECENT = "history-recent.txt"  # beside the folder of records: names, the newest last
 REACH = 500  # of them at most
 EVERY = 3600.0  # seconds between two listings
+SOON = 15.0  # seconds that a command waits for a server's first answer
 RECORD = re.compile(r"([A-Za-z0-9][A-Za-z0-9_@.-]*/)+[0-9a-f]{64}\.json")
+
+Result = TypeVar("Result")
 
 
 class Known(NamedTuple):
@@ -56,7 +60,8 @@ def sync() -> None:
 def meet(bucket: Bucket, root: Path) -> None:
     """Copy what lacks, first to here."""
     note = INDEXES / f"{sha256(bucket.url.encode()).hexdigest()[:16]}.names"
-    here, there = names_in(root), look(bucket, read(note))
+    recent = soon(bucket, lambda: bucket.read(RECENT))
+    here, there = names_in(root), look(bucket, recent[0].decode().split() if recent else [], read(note))
     write(note, there)
     each(lambda name: take(bucket, root, name), there.names - here, "fetch the history")
     if sent := each(lambda name: give(bucket, root, name), here - there.names, "upload the history"):
@@ -71,10 +76,26 @@ def names_in(root: Path) -> frozenset[str]:
     return frozenset(name for name in names if RECORD.fullmatch(name))
 
 
-def look(bucket: Bucket, known: Known | None) -> Known:
-    """What is there now."""
-    found = bucket.read(RECENT)
-    recent = found[0].decode().split() if found else []
+def soon(bucket: Bucket, ask: Callable[[], Result]) -> Result:
+    """The answer to a first request; ConnectionError where it takes long, as a server that hangs would. Whoever asks is
+    left to itself then, and ends with this process."""
+    answer: Future[Result] = Future()
+
+    def body() -> None:
+        try:
+            answer.set_result(ask())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=body, daemon=True).start()
+    try:
+        return answer.result(SOON)
+    except TimeoutError:
+        raise ConnectionError(f"{bucket.url}: no answer within {SOON:g} s") from None
+
+
+def look(bucket: Bucket, recent: list[str], known: Known | None) -> Known:
+    """What is there now, from the names that were added last and what was known before."""
     last = recent[-1] if recent else ""
     if known is not None and known.last in recent and time.time() - known.listed < EVERY:
         added = recent[recent.index(known.last) :]

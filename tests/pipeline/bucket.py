@@ -20,6 +20,7 @@ from dod_pipeline.lifeline import held
 
 WEED = Path(sys.executable).parent / "weed"
 BUCKET, KEY, SECRET = "data", "the-key", "the-secret"
+READER = ("reader-key", "reader-secret")  # may list and read
 ROLES = ("master", "volume", "filer", "s3")
 PARTS = TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20)  # the smallest that S3 allows
 
@@ -29,9 +30,9 @@ class S3(NamedTuple):
 
     endpoint: str
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, key: str = KEY, secret: str = SECRET) -> dict[str, str]:
         """What boto3 reads; nothing of the user's own settings."""
-        mine = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+        mine = {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_DEFAULT_REGION": "us-east-1"}
         none = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
         return {**mine, **none, "AWS_ENDPOINT_URL_S3": self.endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
 
@@ -64,9 +65,12 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def serve(folder: Path, *, address: str = "127.0.0.1") -> Iterator[S3]:
-    """A server on ports of its own that keeps its data in the folder; it dies with this process."""
-    access = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"], "name": "tests"}
-    (folder / "access.json").write_text(json.dumps({"identities": [access]}))
+    """A server on ports of its own that keeps its data in the folder, or finds it there; it dies with this process."""
+    access = [
+        {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+        for name, key, secret, actions in (("tests", KEY, SECRET, ["Admin"]), ("reader", *READER, ["Read", "List"]))
+    ]
+    (folder / "access.json").write_text(json.dumps({"identities": access}))
     ports = free_ports(2 * len(ROLES))
     named = [f"-{role}.port{kind}={ports.pop()}" for role in ROLES for kind in ("", ".grpc")]
     words = [f"-dir={folder}", f"-ip={address}", f"-ip.bind={address}", "-master.telemetry=false", "-filer", "-s3"]
@@ -80,7 +84,9 @@ def serve(folder: Path, *, address: str = "127.0.0.1") -> Iterator[S3]:
             try:
                 server.client().create_bucket(Bucket=BUCKET)
                 break
-            except (BotoCoreError, ClientError):
+            except (BotoCoreError, ClientError) as error:
+                if "BucketAlready" in str(error):
+                    break
                 assert time.monotonic() < end and process.poll() is None, (folder / "log.txt").read_text()[-3000:]
                 time.sleep(0.2)
         yield server

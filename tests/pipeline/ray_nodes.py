@@ -25,6 +25,7 @@ class Cluster:
 
     def __init__(self, net: Network, folder: Path, s3: S3) -> None:
         self.net, self.folder, self.s3, self.nodes = net, folder, s3, list[Host]()
+        self.started = list[subprocess.Popen[bytes]]()
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.variables = self.environment | s3.environment() | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
         self.head = self.start_head()
@@ -87,7 +88,15 @@ class Cluster:
 
     def spawn(self, words: list[str], log: IO[Any], env: dict[str, str]) -> None:
         """Start a process that dies with this one."""
-        subprocess.Popen(held(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=self.folder)
+        none = subprocess.DEVNULL
+        started = subprocess.Popen(held(words), stdin=none, stdout=log, stderr=log, env=env, cwd=self.folder)
+        self.started.append(started)
+
+    def end(self) -> None:
+        """End all machines."""
+        self.lose(self.head, *self.nodes)
+        for process in self.started:
+            process.wait(timeout=30)
 
     def log(self, host: Host) -> Path:
         """What a host's Ray has said."""

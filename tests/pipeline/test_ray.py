@@ -46,6 +46,7 @@ def cluster(built: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         found.add_node()
         yield found
         end_all()
+        found.end()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,11 @@ def test_a_damaged_record_here_is_not_uploaded(go: Callable[[str], Path], bucket
 def test_names_that_lead_out_of_the_folder_are_not_followed(go: Callable[[str], Path], bucket: Bucket):
     root = go("a")
     bucket.write(union.RECENT, f"../../{'0' * 64}.json\n/{'1' * 64}.json".encode())
-    union.write(union.INDEXES / "x.names", union.Known(frozenset(), "", 0.0))
     union.sync()
-    known_ = union.look(bucket, union.Known(frozenset(), f"../../{'0' * 64}.json", 1e12))
-    assert known_.names == frozenset() and sorted(p.name for p in root.iterdir()) == [".state", "params.yaml"]
+    names = [f"../../{'0' * 64}.json", f"/{'1' * 64}.json"]
+    found = union.look(bucket, names, union.Known(frozenset(), names[0], 1e12))
+    assert found == (frozenset(), names[1], 1e12)
+    assert sorted(path.name for path in root.iterdir()) == [".state", "params.yaml"]
 
 
 def test_without_s3_commands_warn_and_go_on_and_a_later_one_makes_it_good(
@@ -183,6 +185,17 @@ def test_without_s3_commands_warn_and_go_on_and_a_later_one_makes_it_good(
     go("b")
     union.sync()
     assert len(known()) == 1
+
+
+def test_a_server_that_hangs_is_not_waited_for(
+    go: Callable[[str], Path], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(union, "SOON", 0.2)
+    go("a")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv(ENDPOINT, f"http://127.0.0.1:{server.getsockname()[1]}")
+        union.sync()
+    assert "no answer within 0.2 s" in capsys.readouterr().err
 
 
 def test_a_broken_params_file_is_named_and_no_query_fails(go: Callable[[str], Path], capsys: Captured):
