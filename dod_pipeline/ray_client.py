@@ -38,6 +38,7 @@ class Submission:
             raise ValueError(
                 "deployment.compute: ray wants the package ray, which is not here: `make ray`, or set compute: local"
             ) from None
+        logging.getLogger("ray").setLevel(logging.WARNING)  # of packages sent and connections closed
         self.parcel, self.address = parcel, parcel.cluster.address
         self.client: Any = self.asked(partial(JobSubmissionClient, self.address))
         self.seen = 0  # characters of the log that were shown

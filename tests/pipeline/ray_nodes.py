@@ -39,7 +39,7 @@ class Cluster:
         """A head on a host of its own, which has answered."""
         host = self.net.add()
         options = ["--head", "--port=6379", f"--dashboard-host={host.address}", "--num-cpus=0"]
-        self.start(host, options, wait_for="Ray runtime started")
+        self.start(host, options, wait_for=f"{host.address}:8265")
         self.head = host
         return host
 
@@ -89,7 +89,7 @@ class Cluster:
     def spawn(self, words: list[str], log: IO[Any], env: dict[str, str]) -> None:
         """Start a process that dies with this one."""
         none = subprocess.DEVNULL
-        started = subprocess.Popen(held(words), stdin=none, stdout=log, stderr=log, env=env, cwd=self.folder)
+        started = subprocess.Popen(held(words), stdin=none, stdout=log, stderr=log, env=env, cwd="/")
         self.started.append(started)
 
     def end(self) -> None:

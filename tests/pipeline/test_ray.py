@@ -32,7 +32,7 @@ SENT = ("reference", "codec", "latents", "train", "stage1", "stage2", "metrics",
 
 
 @pytest.fixture(scope="module")
-def cluster(built: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(built: Project, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes beside a head, and an S3 server at the hub, which this process and its commands have entered."""
     with (
         network() as net,
@@ -42,6 +42,7 @@ def cluster(built: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         found = Cluster(net, tmp_path_factory.mktemp("nodes"), s3)
         for name, value in {**s3.environment(), **found.environment}.items():
             patch.setenv(name, value)
+        s3.upload(images, "images")
         found.add_node()
         found.add_node()
         yield found
@@ -58,8 +59,9 @@ def project(cluster: Cluster, built: Project, tmp_path: Path) -> Project:
 
 
 def deploy(project: Project, cluster: Cluster, **changes: Any) -> None:
-    """Have the project compute on the cluster, from the start."""
+    """Have the project compute on the cluster, from the start, images in the bucket, which all machines reach."""
     values = project.params()
+    values["datasets"]["tiny"]["dataset"]["root"] = f"s3://{BUCKET}/images"
     ray = {"address": cluster.address, "gpus": 0, "cpus": 1, "training_workers": 1, "losses": 3}
     values["deployment"] = {
         "compute": "ray",
@@ -125,9 +127,9 @@ def job_of(cluster: Cluster, stage: str, known: set[str]) -> str:
     return next(name for name in jobs(cluster) if name.startswith(f"dod-{stage}-") and name not in known)
 
 
-def test_every_stage_gives_on_the_cluster_what_it_gives_here(cluster: Cluster, project: Project, built: Project):
+def test_every_stage_gives_on_the_cluster_what_it_gives_here(cluster: Cluster, project: Project, tmp_path: Path):
     printed = project.dod("run", "tiny").stdout
-    assert made(project) == made(built)  # to the bit: one thread, one worker
+    assert made(project) == made(here(project, tmp_path / "local", "report"))  # to the bit: one thread, one worker
     for stage in SENT:
         assert f"dod-{stage}-tiny" in printed
     assert "train: step 6" in printed  # a node's log line, as it came
