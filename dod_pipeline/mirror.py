@@ -80,7 +80,7 @@ class Mirror:
             self.bucket, self.work = bucket, work
         self.lock, self.over = threading.Lock(), False
         self.index: tuple[Files, str | None] | None = None  # what S3 has, and its ETag; None: not read yet
-        self.said = ""
+        self.failing: set[str] = set()  # what was told
 
     def restore(self) -> None:
         """Fetch what S3 has, if that goes further than what lies here; what is damaged there is named and passed over,
@@ -134,7 +134,8 @@ class Mirror:
             text = json.dumps({"schema": SCHEMA, "files": found})
             self.index = None  # if the answer gets lost, it is read again
             self.index = found, self.bucket.write(INDEX, text.encode(), etag=etag)
-            self.bucket.remove(f"{FILES}/{digest}" for digest in have - {file.sha256 for file in found.values()})
+            with self.telling("older states stay there, too"):  # a worker may have no right to remove
+                self.bucket.remove(f"{FILES}/{digest}" for digest in have - {file.sha256 for file in found.values()})
 
     def forget(self) -> None:
         """Remove everything: the output is in place."""
@@ -167,15 +168,14 @@ class Mirror:
 
     @contextmanager
     def telling(self, consequence: str) -> Iterator[None]:
-        """What goes wrong is told, once as long as it stays the same, and stops nothing."""
+        """What goes wrong is told, once until it goes well, and stops nothing."""
         try:
             yield
-            self.said = ""
+            self.failing.discard(consequence)
         except (OSError, ValueError) as error:
-            text = f"warning: {self.bucket.url}: {error}; {consequence}"
-            if text != self.said:
-                print(text, file=sys.stderr, flush=True)
-            self.said = text
+            if consequence not in self.failing:
+                print(f"warning: {self.bucket.url}: {error}; {consequence}", file=sys.stderr, flush=True)
+            self.failing.add(consequence)
 
     def follow(self, stop: threading.Event) -> None:
         """Upload again and again, and once more when told to stop."""

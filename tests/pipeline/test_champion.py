@@ -18,6 +18,7 @@ from dod_pipeline.s3 import Bucket
 
 from . import project as tiny
 from .bucket import BUCKET, S3
+from .processes import wait_for
 from .project import Project, environment
 from .test_kill import Enter
 
@@ -174,22 +175,30 @@ def test_the_champion_that_stood_in_git_alone_is_where_the_place_begins(shared_p
 
 def test_no_decision_of_several_machines_at_once_is_lost(shared_place: Bucket, tmp_path: Path):
     code = """
-import sys
+import sys, time
+from pathlib import Path
 from dod_pipeline import champion
+champion.read("e")
+Path("..", f"ready-{sys.argv[1]}").touch()
+while not Path("..", "go").exists():
+    time.sleep(0.001)
 for index in range(5):
     one = champion.Holder(f"{sys.argv[1]}-{index}", "p", "0" * 64, "c" * 64)
     champion.decide("e", "promoted", one, why="PASS")
 """
+    champion.decide("e", "set", weights("a"), why="first")
     command = [sys.executable, "-c", code]
     machines = [tmp_path / name for name in ("here", "here", "there", "there")]
     running = [
         subprocess.Popen([*command, str(number)], env=environment(), cwd=machine)
         for number, machine in enumerate(machines)
     ]
+    assert wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 4, 120)
+    (tmp_path / "go").touch()
     assert [process.wait() for process in running] == [0] * 4
     found = champion.read("e")
-    assert {event.checkpoint for event in found.history} == {f"{n}-{i}" for n in range(4) for i in range(5)}
-    assert len(found.history) == 20 and found.champion == found.history[-1]
+    assert {event.checkpoint for event in found.history[1:]} == {f"{n}-{i}" for n in range(4) for i in range(5)}
+    assert len(found.history) == 21 and found.champion == found.history[-1]
 
 
 def test_a_place_out_of_reach_is_named_and_nothing_is_decided(shared_place: Bucket, monkeypatch: pytest.MonkeyPatch):
