@@ -39,10 +39,9 @@ def findings() -> Iterator[tuple[str, Finding]]:
         yield from examine(Installation(None).steps())
         yield "S3", Finding("skipped", f"only with a {PARAMS_FILE} that loads")
         return
-    storage = params.deployment.storage
-    url = getattr(storage, "url", None)
+    url = getattr(params.deployment.storage, "url", None)
     yield from examine(Installation(url).steps())
-    asked = doctor_s3.steps(url, reads(params), endpoint=getattr(storage, "endpoint", None))
+    asked = doctor_s3.steps(url, reads(params))
     if not asked:
         yield "S3", Finding("skipped", f"nothing in {PARAMS_FILE} names {S3}")
     yield from examine(asked)
@@ -203,7 +202,9 @@ class Installation:
             return Finding("fail", found, f"`dvc remote modify {name} verify true`")
         if self.storage and not f"{url}/".startswith(f"{self.storage}/"):
             found = f"{name}, {url}: not below deployment.storage.url, {self.storage}"
-            return Finding("warn", found, f"`dvc remote modify {name} url {self.storage}/dvc`")
+            return Finding(
+                "warn", found, f"`dvc remote add --default storage {self.storage}/dvc`, and `verify true` for it"
+            )
         return Finding("ok", f"{name}, {url}; what is pulled is checked")
 
 

@@ -35,9 +35,9 @@ REMEDIES = {
 }
 
 
-def steps(storage: str | None, reads: list[str], *, endpoint: str | None) -> tuple[Step, ...]:
+def steps(storage: str | None, reads: list[str]) -> tuple[Step, ...]:
     """All checks of the bucket that holds this installation's storage, and of what stages read from S3."""
-    places = [Place(url, endpoint) for url in ([storage] if storage else []) + reads]
+    places = [Place(url) for url in ([storage] if storage else []) + reads]
     if not places:
         return ()
     first = places[0]
@@ -52,10 +52,10 @@ def steps(storage: str | None, reads: list[str], *, endpoint: str | None) -> tup
 
 
 class Place:
-    """s3://BUCKET/PREFIX as boto3's usual chain of credentials reaches it; `endpoint`: None is the chain's or AWS's."""
+    """s3://BUCKET/PREFIX; credentials, region and endpoint are found as boto3 and the aws command find them."""
 
-    def __init__(self, url: str, endpoint: str | None) -> None:
-        self.url, self.endpoint = url.rstrip("/"), endpoint
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
         self.bucket, _, prefix = self.url.removeprefix(S3).partition("/")
         self.prefix = f"{prefix}/" if prefix else ""
         self.probe = f"{self.prefix}.doctor/{uuid.uuid4().hex}"
@@ -73,7 +73,7 @@ class Place:
         from botocore.config import Config
 
         config = Config(retries={"total_max_attempts": 1}, **TIMEOUTS)
-        return self.session.client("s3", endpoint_url=self.endpoint, config=config)
+        return self.session.client("s3", config=config)
 
     def ask(self, right: str, operation: str, **request: Any) -> dict[str, Any]:
         """S3's answer; Trouble with its words, the right that the request needs, and what to do."""

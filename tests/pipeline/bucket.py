@@ -20,6 +20,7 @@ from dod_pipeline.lifeline import held
 
 WEED = Path(sys.executable).parent / "weed"
 BUCKET, KEY, SECRET = "data", "the-key", "the-secret"
+READER, READER_SECRET = "the-reader", "the-reader-secret"  # may list and read that bucket, and no more
 ROLES = ("master", "volume", "filer", "s3")
 PARTS = TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20)  # the smallest that S3 allows
 
@@ -66,7 +67,9 @@ def free_ports(count: int) -> list[int]:
 def serve(folder: Path) -> Iterator[S3]:
     """A server on ports of its own that keeps its data in the folder; it dies with this process."""
     access = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"], "name": "tests"}
-    (folder / "access.json").write_text(json.dumps({"identities": [access]}))
+    reader = {"credentials": [{"accessKey": READER, "secretKey": READER_SECRET}], "name": "reader"}
+    reader["actions"] = [f"{action}:{BUCKET}" for action in ("Read", "List")]
+    (folder / "access.json").write_text(json.dumps({"identities": [access, reader]}))
     ports = free_ports(2 * len(ROLES))
     named = [f"-{role}.port{kind}={ports.pop()}" for role in ROLES for kind in ("", ".grpc")]
     words = [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-filer", "-s3"]
