@@ -49,16 +49,9 @@ def findings() -> Iterator[tuple[str, Finding]]:
 
 def reads(params: Params) -> list[str]:
     """The prefixes in S3 that stages read."""
-    found = [
-        settings.get(name)
-        for data in params.datasets.values()
-        for settings, names in (
-            (data.dataset, ("root",)),
-            (data.codec, ("path",)),
-            (data.reference, ("weights", "statistics")),
-        )
-        for name in names
-    ]
+    places = {"dataset": ("root",), "codec": ("path",), "reference": ("weights", "statistics")}
+    named = [(stage, name) for stage, names in places.items() for name in names]
+    found = [getattr(data, stage).get(name) for data in params.datasets.values() for stage, name in named]
     return list(dict.fromkeys(url for url in found if isinstance(url, str) and url.startswith(S3)))
 
 

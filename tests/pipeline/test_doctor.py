@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 from dod_pipeline import cli, doctor, finding, tables
 from dod_pipeline.doctor import Installation
 from dod_pipeline.finding import Finding, Step, Trouble, examine
+from dod_pipeline.storage import POSTGRES
 
 from . import project as tiny
 from .project import SOURCE, Project
@@ -28,7 +30,7 @@ STORAGE = "s3://bucket/prefix"
 @pytest.fixture
 def fresh(tmp_path: Path, inside: Enter, monkeypatch: pytest.MonkeyPatch) -> Project:
     """The current folder: the tiny project, of which nothing was made."""
-    monkeypatch.delenv(doctor.POSTGRES, raising=False)
+    monkeypatch.delenv(POSTGRES, raising=False)
     project = tiny.create(tmp_path / "project", tiny.params(tmp_path))
     inside(project)
     return project
@@ -224,7 +226,7 @@ def test_without_a_remote_nothing_can_be_pushed(fresh: Project):
 @pytest.mark.parametrize(("share", "state"), [(0.5, "ok"), (2.0, "warn"), (20.0, "fail")])
 def test_the_disk_is_judged_by_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, state: str):
     monkeypatch.chdir(tmp_path)
-    free = doctor.shutil.disk_usage(tmp_path).free / doctor.GIB
+    free = shutil.disk_usage(tmp_path).free / doctor.GIB
     monkeypatch.setattr(doctor, "ROOM", dict.fromkeys(doctor.ROOM, free * share))
     found = Installation(None).disk()
     assert found.state == state and bool(found.remedy) == (state != "ok")
@@ -289,10 +291,10 @@ def test_the_postgresql_that_the_environment_names_is_asked(tmp_path: Path, monk
 
     server = get_server(tmp_path / "postgres", cleanup_mode="delete")
     try:
-        monkeypatch.setenv(doctor.POSTGRES, server.get_uri())
+        monkeypatch.setenv(POSTGRES, server.get_uri())
         found = Installation(None).postgres()
         assert found.state == "ok" and re.search(r"database postgres: PostgreSQL \d+", found.found)
-        monkeypatch.setenv(doctor.POSTGRES, server.get_uri(database="absent"))
+        monkeypatch.setenv(POSTGRES, server.get_uri(database="absent"))
         assert Installation(None).postgres().state == "fail"
     finally:
         server.cleanup()
@@ -310,7 +312,7 @@ def test_the_postgresql_that_the_environment_names_is_asked(tmp_path: Path, monk
     ],
 )
 def test_a_password_of_postgresql_is_never_shown(monkeypatch: pytest.MonkeyPatch, url: str):
-    monkeypatch.setenv(doctor.POSTGRES, url)
+    monkeypatch.setenv(POSTGRES, url)
     found = Installation(None).postgres()
     assert found.state == "fail" and found.remedy and CANARY not in str(found)
 
@@ -319,6 +321,6 @@ def test_a_password_of_postgresql_is_never_shown(monkeypatch: pytest.MonkeyPatch
 def test_a_postgresql_that_never_answers_ends_in_bounded_time(monkeypatch: pytest.MonkeyPatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        monkeypatch.setenv(doctor.POSTGRES, f"postgresql://user:{CANARY}@127.0.0.1:{port}/dagster")
+        monkeypatch.setenv(POSTGRES, f"postgresql://user:{CANARY}@127.0.0.1:{port}/dagster")
         found = Installation(None).postgres()
     assert found.state == "fail" and "timeout" in found.found and CANARY not in str(found)

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import yaml
 
-from dod_pipeline import cli, doctor_s3
-from dod_pipeline.finding import Finding, examine
+from dod_pipeline import cli, doctor, doctor_s3
+from dod_pipeline.config import Params
+from dod_pipeline.finding import Finding, Step, examine
 
 from . import project as tiny
 from .bucket import BUCKET, READER, READER_SECRET, S3, SECRET
@@ -284,3 +286,17 @@ def test_the_command_looks_at_what_the_settings_name(
     found = {one["name"]: one for one in json.loads(out)}
     assert found[f"S3: {url}"]["state"] == "fail" and "SignatureDoesNotMatch" in found[f"S3: {url}"]["found"]
     assert "S3: write" not in found and CANARY not in out
+
+
+def test_the_place_of_all_that_is_kept_is_looked_at_first(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    values = tiny.params(tmp_path)
+    values["datasets"]["tiny"]["codec"]["path"] = f"s3://{BUCKET}/nothing"
+    params = SimpleNamespace(
+        datasets=Params.model_validate(values).datasets,
+        deployment=SimpleNamespace(storage=SimpleNamespace(url=STORAGE)),
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "load_params", lambda: params)
+    monkeypatch.setattr(doctor.Installation, "steps", lambda self: (Step(self.storage, lambda: Finding("ok", "")),))
+    found = [name for name, _ in doctor.findings()]
+    assert found == [STORAGE, *(f"S3: {name}" for name in NAMES), f"S3: s3://{BUCKET}/nothing"]
