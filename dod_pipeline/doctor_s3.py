@@ -171,17 +171,15 @@ class Place:
 
     def condition(self) -> Finding:
         """The server refuses a put whose condition doesn't hold: or else two champions could be chosen at once."""
-        from botocore.exceptions import ClientError
-
         for condition in ({"IfNoneMatch": "*"}, {"IfMatch": '"another"'}):
             try:
-                self.client.put_object(Bucket=self.bucket, Key=self.probe, Body=BYTES, **condition)
-            except ClientError as error:
-                if code(error) in CHANGED:
-                    continue
-                raise
-            found = f"the server wrote against {next(iter(condition))}"
-            return Finding("fail", found, "champions need conditional writes, as AWS's S3 has them: use another server")
+                self.ask("s3:PutObject", "put_object", Key=self.probe, Body=BYTES, **condition)
+            except Trouble as trouble:
+                if code(trouble.__cause__) not in CHANGED:
+                    raise
+            else:
+                found = f"the server wrote against {next(iter(condition))}"
+                return Finding("fail", found, "champions need conditional writes, as AWS's S3 has: use another server")
         return Finding("ok", "refused where the condition doesn't hold")
 
     def delete(self) -> Finding:

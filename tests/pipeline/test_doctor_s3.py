@@ -219,16 +219,26 @@ def test_a_server_that_ignores_conditions_is_not_taken(stub: type[Stub]):
     assert "champions need conditional writes" in found.remedy
 
 
-def test_a_server_that_knows_no_conditions_is_not_taken(stub: type[Stub], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("statuses", "name", "remedy"),
+    [
+        ([501], "write", "this server can't do it: use another, as AWS's"),
+        ([200, 412, 501], "conditional put", "this server can't do it: use another, as AWS's"),
+        ([200, 412, 500], "conditional put", "try again; look at the server's log"),
+    ],
+)
+def test_a_server_that_knows_no_conditions_is_not_taken(
+    stub: type[Stub], monkeypatch: pytest.MonkeyPatch, statuses: list[int], name: str, remedy: str
+):
     def refuse(self: Stub) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(501 if "If-None-Match" in self.headers else 200)
+        self.send_response(statuses.pop(0))
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     monkeypatch.setattr(stub, "do_PUT", refuse)
-    found = look()["write"]
-    assert (found.state, found.remedy) == ("fail", "this server can't do it: use another, as AWS's")
+    found = look()[name]
+    assert (found.state, found.remedy) == ("fail", remedy)
 
 
 def test_a_server_that_gives_other_bytes_back_is_not_taken(stub: type[Stub]):
