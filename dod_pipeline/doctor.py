@@ -124,7 +124,7 @@ class Installation:
             with engine.connect() as connection:
                 version = connection.exec_driver_sql("show server_version").scalar_one()
         except SQLAlchemyError as error:
-            cause = str(getattr(error, "orig", None) or error).replace(url.password or "\0", "***")
+            cause = str(getattr(error, "orig", None) or error)  # libpq names no password
             return Finding("fail", f"{name}: {cause}", "start the server, or correct the URL")
         finally:
             engine.dispose()
