@@ -58,12 +58,11 @@ test-slow: setup ray ## the tests that take more than a minute, those on a Ray c
 soak: setup ## kill a training at 500 random instants (another number: KILLS=50)
 	$(run) DOD_KILLS=$(KILLS) .venv/bin/python -m pytest --benchmark-disable -s tests/models/test_train_kills.py
 
-lint: setup ## format, lint, types, layers, infra/, large files and private keys
+lint: setup ## format, lint, types, layers, infra/, known vulnerabilities, large files and private keys
 	$(run) .venv/bin/pre-commit run --all-files
 
-audit: setup ## known vulnerabilities of the locked packages: asks the package index's advisories, so it wants a network
-	$(say) "asking for advisories about every package of requirements/*.txt; without a network this fails"
-	@for list in requirements/*.txt; do .venv/bin/pip-audit --require-hashes --disable-pip --requirement $$list || exit 1; done
+audit: setup ## known vulnerabilities of the locked packages, as `make lint` asks for them where there is a network
+	$(run) sh infra/audit.sh
 
 lock: .venv/.uv ## compile requirements/*.txt anew (newer versions: make lock UPGRADE=--upgrade)
 	$(say) "resolving requirements"

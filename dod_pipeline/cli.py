@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dod_pipeline import cli_evaluate, cli_history, cli_retrain
+from dod_pipeline import cli_doctor, cli_evaluate, cli_history, cli_retrain
 
 if TYPE_CHECKING:
     from dod_pipeline.config import Params
@@ -46,9 +46,8 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true")
     models.set_defaults(action=do_models)
 
-    cli_history.add(commands)
-    cli_evaluate.add(commands)
-    cli_retrain.add(commands)
+    for others in (cli_history, cli_evaluate, cli_retrain, cli_doctor):
+        others.add(commands)
 
     generate = commands.add_parser("generate", help="a picture of chosen classes through all stages")
     generate.add_argument("checkpoint", metavar="CHECKPOINT")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 METRICS = {
@@ -23,11 +24,14 @@ INTERVAL = 1.96  # standard errors to either side: 95 % of a normal variate
 NAMES = {"floor": "floor: held-out real images", "codec": "floor: the codec's reconstructions"}
 
 
-def show(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> None:
-    """Print a table, its first `left` columns aligned left; in a file or pipe it is as wide as its content."""
+def show(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1, wrap: bool = False) -> None:
+    """Print a table, its first `left` columns aligned left; in a file or pipe it is as wide as its content.
+
+    On a terminal, what is too long is cut off, or wrapped.
+    """
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=not wrap)
     for row in rows:
         table.add_row(*row)
     console = Console()
@@ -137,6 +141,19 @@ def history(records: list[dict[str, Any]]) -> None:
         stage = f"{record['stage']}{' (provisional)' * record['provisional']}"
         rows.append([record["id"][:12], moment(record["time"]), record["checkpoint"], stage, metrics, *shown])
     show("history", columns, rows)
+
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
+
+
+def findings(found: Iterable[tuple[str, Any]]) -> None:
+    """What checks of the installation found, one a line, and under it how to mend it."""
+    rows = []
+    for name, finding in found:
+        state = f"[{COLOURS[finding.state]}]{finding.state}[/]"
+        text = escape(finding.found) + (f"\n[bold]{escape(finding.remedy)}[/]" if finding.remedy else "")
+        rows.append([state, escape(name), text])
+    show("dod doctor", ["", "check", "found, and how to mend it"], rows, left=3, wrap=True)
 
 
 def verdicts(found: list[dict[str, Any]]) -> None:

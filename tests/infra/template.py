@@ -16,6 +16,7 @@ UNBOUNDED = {  # actions for which AWS knows no narrower resource
     *("ssm:UpdateInstanceInformation", "ssmmessages:CreateControlChannel", "ssmmessages:CreateDataChannel"),
     *("ssmmessages:OpenControlChannel", "ssmmessages:OpenDataChannel"),
 }
+SHOWN = {"s3:GetBucketVersioning", "s3:GetEncryptionConfiguration", "s3:GetBucketPublicAccessBlock"}  # of the bucket
 Template = dict[str, Any]
 
 
@@ -133,7 +134,7 @@ def head_ends_its_own_only(template: Template) -> bool:
 
 def objects_below_the_prefix(template: Template) -> bool:
     for statement in statements(template):
-        named = [action for action in as_list(statement["Action"]) if action.startswith("s3:")]
+        named = [action for action in as_list(statement["Action"]) if action.startswith("s3:") and action not in SHOWN]
         if "s3:ListBucket" in named:
             if statement.get("Condition") != {"StringLike": {"s3:prefix": [{"Sub": "${Prefix}/*"}]}}:
                 return False
@@ -213,7 +214,7 @@ PROMISES: dict[str, Callable[[Template], bool]] = {
     ),
     "objects lie below the prefix": objects_below_the_prefix,
     "no version can be destroyed": lambda t: (
-        not any("Version" in name or "Bucket" in name for name in actions(t) - {"s3:ListBucket"})
+        not any("Version" in name or "Bucket" in name for name in actions(t) - SHOWN - {"s3:ListBucket"})
     ),
     "one repository": lambda t: all(
         s["Resource"] == {"GetAtt": "Repository.Arn"} for s in allowing(t, "ecr:BatchGetImage")

@@ -1,5 +1,6 @@
 """infra/dod.yaml keeps its promises, and an edit that breaks one is noticed."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .template import INFRA, PROMISES, broken, load
+from .template import INFRA, PROMISES, as_list, broken, load, statements
 
 GONE = object()
 P = "Properties"
@@ -123,3 +124,10 @@ def test_cfn_lint_has_no_complaint_and_would_have_one(tmp_path: Path):
     runs = [subprocess.run([*lint, str(path)], capture_output=True, text=True) for path in (INFRA / "dod.yaml", bad)]
     assert (runs[0].returncode, runs[0].stdout) == (0, "")
     assert runs[1].returncode != 0 and "not one of" in runs[1].stdout
+
+
+def test_the_head_may_ask_all_that_the_doctor_asks():
+    source = (INFRA.parent / "dod_pipeline" / "doctor_s3.py").read_text()
+    asked = set(re.findall(r'"(s3:\w+)"', source))
+    allowed = {action for one in statements(load(), "HeadRole") for action in as_list(one["Action"])}
+    assert {"s3:PutObject", "s3:GetBucketVersioning"} <= asked <= allowed

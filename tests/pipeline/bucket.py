@@ -20,7 +20,7 @@ from dod_pipeline.lifeline import held
 
 WEED = Path(sys.executable).parent / "weed"
 BUCKET, KEY, SECRET = "data", "the-key", "the-secret"
-READER = ("reader-key", "reader-secret")  # may list and read
+READER, READER_SECRET = "the-reader", "the-reader-secret"  # may list and read
 ROLES = ("master", "volume", "filer", "s3")
 PARTS = TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20)  # the smallest that S3 allows
 
@@ -68,7 +68,7 @@ def serve(folder: Path, *, address: str = "127.0.0.1") -> Iterator[S3]:
     """A server on ports of its own that keeps its data in the folder, or finds it there; it dies with this process."""
     access = [
         {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
-        for name, key, secret, actions in (("tests", KEY, SECRET, ["Admin"]), ("reader", *READER, ["Read", "List"]))
+        for name, key, secret, actions in (("tests", KEY, SECRET, ["Admin"]), ("reader", READER, READER_SECRET, ["Read", "List"]))
     ]
     (folder / "access.json").write_text(json.dumps({"identities": access}))
     ports = free_ports(2 * len(ROLES))
