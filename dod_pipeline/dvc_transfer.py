@@ -84,12 +84,23 @@ def settle(known: Iterable[str], *, root: Path, timeout: float) -> None:
 
 
 def pull(targets: list[str], *, root: Path, timeout: float) -> None:
-    """Fetch what dvc.lock names and the remote has; OSError as for `settle`."""
+    """Fetch what dvc.lock names and the remote has; OSError as for `settle`, and where it has other bytes.
+
+    Allowed to leave out what is missing, dvc says nothing of what it refused, and calls it deleted afterwards.
+    """
     transfer("pull", ["--allow-missing", *targets], root=root, timeout=timeout)
+    left = json.loads(transfer("status", ["--cloud", "--json", *targets], root=root, timeout=timeout))
+    refused = sorted(name for name, state in left.items() if state == "deleted")
+    if refused:
+        raise OSError(
+            f"dvc pull, remote {remote(root)}: refused {', '.join(refused[:5])}{', ...' if len(refused) > 5 else ''}: "
+            "the bytes there are not those whose md5 dvc.lock names. Remove that object there and .dvc/tmp in a clone "
+            "that has the file, and `dvc push` from it; or make it again with `dod run`"
+        )
 
 
-def transfer(what: str, arguments: list[str], *, root: Path, timeout: float) -> None:
-    """Run one transfer; all its processes are killed when its time is over."""
+def transfer(what: str, arguments: list[str], *, root: Path, timeout: float) -> str:
+    """Run one transfer; what dvc prints. All its processes are killed when its time is over."""
     command = held([dvc_repo.executable(), "--wait-for-lock", what, *arguments])
     pipe, none = subprocess.PIPE, subprocess.DEVNULL
     with (
@@ -99,13 +110,13 @@ def transfer(what: str, arguments: list[str], *, root: Path, timeout: float) -> 
             cwd=root,
             env=dvc_repo.environment(),
             stdin=none,
-            stdout=none,
+            stdout=pipe,
             stderr=pipe,
             start_new_session=True,
         ) as process,
     ):
         try:
-            _, said = process.communicate(timeout=timeout)
+            printed, said = process.communicate(timeout=timeout)
             why = f"dvc: {process.returncode}): {dvc_repo.last_lines(said)}"
         except subprocess.TimeoutExpired:
             why = f"no end after {timeout:g} s)"
@@ -116,6 +127,7 @@ def transfer(what: str, arguments: list[str], *, root: Path, timeout: float) -> 
             f"dvc {what}, remote {remote(root)}, failed ({why}\nWhat was computed stays here. Look at the remote with "
             f"`dvc remote list`; the next {what} goes on, or call `dvc {what}` yourself"
         )
+    return printed.decode()
 
 
 def remote(root: Path) -> str:
