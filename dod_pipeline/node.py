@@ -66,7 +66,7 @@ class Node:
         found = sorted(p for folder in SHARD_FOLDERS for p in (work / folder).glob("[!.]*"))
         if not found:
             raise StageError(
-                f"{self.parcel.id}: no {work.name} in {state}: torch or the code here is another than that of the sender; "
+                f"{self.parcel.id}: no {work.name} in {state}: torch or the code here is not the sender's; "
                 "start the cluster from the image of the same commit"
             )
         names = {path: f"{self.parcel.state}/{path.relative_to(work).as_posix()}" for path in found}

@@ -68,7 +68,10 @@ def serve(folder: Path, *, address: str = "127.0.0.1") -> Iterator[S3]:
     """A server on ports of its own that keeps its data in the folder, or finds it there; it dies with this process."""
     access = [
         {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
-        for name, key, secret, actions in (("tests", KEY, SECRET, ["Admin"]), ("reader", READER, READER_SECRET, ["Read", "List"]))
+        for name, key, secret, actions in (
+            ("tests", KEY, SECRET, ["Admin"]),
+            ("reader", READER, READER_SECRET, ["Read", "List"]),
+        )
     ]
     (folder / "access.json").write_text(json.dumps({"identities": access}))
     ports = free_ports(2 * len(ROLES))

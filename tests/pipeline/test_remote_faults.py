@@ -13,7 +13,7 @@ import yaml
 
 from dod_pipeline.s3 import Bucket
 
-from .bucket import BUCKET, KEY, READER, S3, SECRET, serve
+from .bucket import BUCKET, KEY, READER, READER_SECRET, S3, SECRET, serve
 from .project import Project
 from .proxy import ALWAYS, CUT_REQUEST, HANG, RESET, Proxy, note, proxied
 
@@ -108,7 +108,7 @@ def test_a_push_through_a_fault_recovers_or_fails_clearly_and_the_next_one_compl
 def test_who_may_not_write_pushes_nothing(who: str, made: Project, bucket: Bucket, server: S3, tmp_path: Path):
     project = made.copy(tmp_path / "project")
     use(project, bucket.url, server.endpoint)
-    key, secret = READER if who == "reader" else (KEY, "another-secret")
+    key, secret = (READER, READER_SECRET) if who == "reader" else (KEY, "another-secret")
     done = project.start("dvc", "push", AWS_ACCESS_KEY_ID=key, AWS_SECRET_ACCESS_KEY=secret)
     said = "".join(done.communicate())
     assert done.returncode != 0 and ("Access Denied" in said or "Forbidden" in said or "403" in said), said

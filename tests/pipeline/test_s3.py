@@ -18,7 +18,7 @@ from dod_pipeline import s3 as transfers
 from dod_pipeline import s3_attempts
 from dod_pipeline.s3 import Bucket, ChangedError, Object, reaching
 
-from .bucket import BUCKET, READER, S3, SECRET, serve
+from .bucket import BUCKET, READER, READER_SECRET, S3, SECRET, serve
 from .proxy import CUT_ANSWER, CUT_REQUEST, HANG, LOST, RESET, Proxy, note, proxied
 
 PART = 5 * 2**20  # bytes: the smallest that S3 allows
@@ -104,7 +104,9 @@ def test_names_that_are_no_paths_are_refused(url: str, file: Path, name: str):
 @pytest.mark.parametrize("who", ["wrong secret", "reader"])
 def test_what_s3_refuses_is_said_at_once(who: str, url: str, file: Path, s3: S3, proxy: Proxy, monkeypatch: Any):
     Bucket(url).write("there", b"1")
-    key, secret = READER if who == "reader" else (s3.environment()["AWS_ACCESS_KEY_ID"], "another-secret")
+    key, secret = (
+        (READER, READER_SECRET) if who == "reader" else (s3.environment()["AWS_ACCESS_KEY_ID"], "another-secret")
+    )
     for name, value in s3.environment(key, secret).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
