@@ -1,7 +1,7 @@
 """A project whose stages run on a real Ray cluster of two nodes, which have addresses of their own and may be lost.
 
 Nodes reach the bucket and each other by those addresses alone, and demand a token. The results to compare with are
-those of the fixture `built`, which computed here.
+computed here, by a clone.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from . import project as tiny
 from .bucket import BUCKET, serve
 from .network import HUB, lacks, network
 from .processes import Command, assert_all_end, end_all, wait_for
@@ -32,7 +33,7 @@ SENT = ("reference", "codec", "latents", "train", "stage1", "stage2", "metrics",
 
 
 @pytest.fixture(scope="module")
-def cluster(built: Project, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes beside a head, and an S3 server at the hub, which this process and its commands have entered."""
     with (
         network() as net,
@@ -51,9 +52,9 @@ def cluster(built: Project, images: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def project(cluster: Cluster, built: Project, tmp_path: Path) -> Project:
+def project(cluster: Cluster, images: Path, tmp_path: Path) -> Project:
     """The tiny project, nothing of it made, whose deployment is the cluster, with a prefix of its own."""
-    found = built.clone(tmp_path / "project")
+    found = tiny.create(tmp_path / "project", tiny.params(images))
     deploy(found, cluster)
     return found
 
@@ -69,7 +70,6 @@ def deploy(project: Project, cluster: Cluster, **changes: Any) -> None:
         "storage": {"url": f"s3://{BUCKET}/{project.root.parent.name}", "push": "never"},
     }
     project.write_params(values)
-    (project.root / "dvc.lock").unlink(missing_ok=True)
     project.commit("on a cluster")
 
 
@@ -138,15 +138,16 @@ def test_every_stage_gives_on_the_cluster_what_it_gives_here(cluster: Cluster, p
     assert "Nothing to do" in project.dod("run", "tiny").stdout
 
 
-def test_two_workers_train_as_one_to_float_tolerance(cluster: Cluster, project: Project, built: Project):
+def test_two_workers_train_as_one_to_float_tolerance(cluster: Cluster, project: Project, tmp_path: Path):
     deploy(project, cluster, training_workers=2)
     project.dod("run", "tiny", "--until", "train")
+    local = here(project, tmp_path / "local", "train")
     ours, theirs = (
         [json.loads(line) for line in (p.root / "train" / "tiny" / "curve.jsonl").read_text().splitlines()]
-        for p in (project, built)
+        for p in (project, local)
     )
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-4)
-    ledgers = [(p.root / "train" / "tiny" / "ledger.jsonl").read_text() for p in (project, built)]
+    ledgers = [(p.root / "train" / "tiny" / "ledger.jsonl").read_text() for p in (project, local)]
     assert ledgers[0] == ledgers[1]
 
 
