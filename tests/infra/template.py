@@ -11,6 +11,7 @@ import yaml
 
 INFRA = Path(__file__).parents[2] / "infra"
 PREFIX = {"Sub": "${Bucket.Arn}/${Prefix}/*"}
+STATES = {"Sub": "${Bucket.Arn}/${Prefix}/state/*"}  # superseded ones are removed
 UNBOUNDED = {  # actions for which AWS knows no narrower resource
     *("ec2:DescribeInstances", "ec2:DescribeInstanceTypes", "ec2:DescribeImages", "ecr:GetAuthorizationToken"),
     *("ssm:UpdateInstanceInformation", "ssmmessages:CreateControlChannel", "ssmmessages:CreateDataChannel"),
@@ -136,9 +137,9 @@ def objects_below_the_prefix(template: Template) -> bool:
     for statement in statements(template):
         named = [action for action in as_list(statement["Action"]) if action.startswith("s3:") and action not in SHOWN]
         if "s3:ListBucket" in named:
-            if statement.get("Condition") != {"StringLike": {"s3:prefix": [{"Sub": "${Prefix}/*"}]}}:
+            if statement.get("Condition") != {"StringLikeIfExists": {"s3:prefix": [{"Sub": "${Prefix}/*"}]}}:
                 return False
-        elif named and statement["Resource"] != PREFIX:
+        elif named and statement["Resource"] not in (PREFIX, STATES):
             return False
     return True
 
@@ -227,7 +228,7 @@ PROMISES: dict[str, Callable[[Template], bool]] = {
     ),
     "workers only move data and pull images": lambda t: (
         {name.split(":")[0] for name in actions(t, "WorkerRole")} == {"s3", "ecr"}
-        and "s3:DeleteObject" not in actions(t, "WorkerRole")
+        and all(s["Resource"] == STATES for s in statements(t, "WorkerRole") if "s3:DeleteObject" in as_list(s["Action"]))
     ),
     "spending is watched": lambda t: (
         bool(of_type(t, "Budgets::Budget"))
