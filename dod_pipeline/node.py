@@ -17,6 +17,7 @@ from dod_models.sweeps import TOOK
 from dod_pipeline import fetch, objects
 from dod_pipeline.launch import device_name
 from dod_pipeline.mirror import Mirror, mirrored
+from dod_pipeline.objects import Content
 from dod_pipeline.parcel import Mark, Parcel, Result
 from dod_pipeline.s3 import Bucket
 from dod_pipeline.stages import Job
@@ -101,11 +102,18 @@ class Node:
             path = made[name]
             assert path is not None
             objects.push(data, path, content)
-        self.finish(Result(parcel=self.parcel.digest, devices=(device_name(),), files=files))
+        self.finish((device_name(),), files)
 
-    def finish(self, result: Result) -> None:
+    def finish(self, devices: tuple[str, ...], files: dict[str, Content]) -> None:
         """Say that all is there."""
+        result = Result(parcel=self.parcel.digest, devices=devices, files=files)
         self.bucket.write(self.parcel.result, result.canonical().encode())
+
+
+def lacking(parcel: Parcel, bucket: Bucket) -> list[int]:
+    """The shards that nobody has uploaded yet."""
+    there = {mark.name for mark in bucket.objects(f"{parcel.state}/shards")}
+    return [index for index in range(parcel.shards) if parcel.mark(index) not in there]
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from dod_pipeline.deployment import Ray
-from dod_pipeline.node import Node, StageError
-from dod_pipeline.parcel import Parcel, Result
+from dod_pipeline.node import Node, StageError, lacking
+from dod_pipeline.parcel import Parcel
 from dod_pipeline.s3 import reaching
 
 
@@ -85,8 +85,7 @@ def train(parcel: Parcel) -> None:
 def shards(parcel: Parcel) -> None:
     """Make the shards that lack, as many at a time as the cluster has room for."""
     with reaching(parcel.storage) as bucket:
-        there = {mark.name for mark in bucket.objects(f"{parcel.state}/shards/")}
-        lack = [index for index in range(parcel.shards) if parcel.mark(index) not in there]
+        lack = lacking(parcel, bucket)
         print(f"{parcel.stage}: {len(lack)} of {parcel.shards} shards to make", flush=True)
         made = make_shard.options(**options(parcel.cluster))
         waiting, devices = [made.remote(parcel.model_dump_json(), index) for index in lack], set()
@@ -94,8 +93,7 @@ def shards(parcel: Parcel) -> None:
             done, waiting = ray.wait(waiting)
             devices |= set(ray.get(done))
             print(f"{parcel.stage}: {parcel.shards - len(waiting)} of {parcel.shards} shards are there", flush=True)
-        result = Result(parcel=parcel.digest, devices=tuple(sorted(devices)), files={})
-        bucket.write(parcel.result, result.canonical().encode())
+        Node(parcel).finish(tuple(sorted(devices)), {})
 
 
 def main() -> int:

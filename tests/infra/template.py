@@ -228,7 +228,9 @@ PROMISES: dict[str, Callable[[Template], bool]] = {
     ),
     "workers only move data and pull images": lambda t: (
         {name.split(":")[0] for name in actions(t, "WorkerRole")} == {"s3", "ecr"}
-        and all(s["Resource"] == STATES for s in statements(t, "WorkerRole") if "s3:DeleteObject" in as_list(s["Action"]))
+        and all(
+            s["Resource"] == STATES for s in statements(t, "WorkerRole") if "s3:DeleteObject" in as_list(s["Action"])
+        )
     ),
     "spending is watched": lambda t: (
         bool(of_type(t, "Budgets::Budget"))

@@ -1,0 +1,248 @@
+"""What travels to a cluster and back, by a real bucket. Nodes compute in this process; test_ray.py has real ones."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dod_models import artifact
+from dod_models.state import TrainConfig
+from dod_pipeline import cluster, objects, stages
+from dod_pipeline.config import load_params
+from dod_pipeline.deployment import Deployment
+from dod_pipeline.node import Node, StageError, lacking
+from dod_pipeline.parcel import Parcel
+from dod_pipeline.s3 import Bucket
+from dod_pipeline.stages import Job
+
+from .bucket import BUCKET, S3
+from .project import Project
+
+KEYS = {"reference": "tiny", "codec": "tiny", "latents": "tiny", "train": "tiny"} | {
+    name: "tiny-6" for name in ("stage1", "stage2", "metrics", "sweeps")
+}
+
+
+class Here:
+    """A cluster of one node: this process."""
+
+    made: list[str]  # what was computed
+
+    def __init__(self, parcel: Parcel) -> None:
+        self.parcel = parcel
+
+    def follow(self) -> None:
+        node = Node(self.parcel)
+        if self.parcel.stage == "train":
+            node.train()
+            Here.made.append("train")
+        elif self.parcel.shards:
+            for index in lacking(self.parcel, node.bucket):
+                node.shard(index)
+                Here.made.append(f"shard {index}")
+            node.finish(("cpu",), {})
+        else:
+            node.whole()
+            Here.made.append("whole")
+
+
+@pytest.fixture
+def deployment(
+    own: Project,
+    inside: Callable[[Project], None],
+    s3: S3,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Deployment:
+    """The built project's folder, and a deployment whose cluster is this process."""
+    inside(own)
+    monkeypatch.setenv("DOD_CACHE", str(tmp_path / "node"))
+    monkeypatch.setattr(cluster, "Submission", Here)
+    Here.made = []
+    values = {"compute": "ray", "ray": {"gpus": 0}, "storage": {"url": f"s3://{BUCKET}/{tmp_path.name}"}}
+    return Deployment.model_validate(values)
+
+
+def job_of(stage: str) -> Job:
+    return stages.resolve(load_params(), stage, KEYS[stage])
+
+
+def digests(path: Path) -> dict[str, str]:
+    return {file.path: file.md5 for file in objects.content_of(path)}
+
+
+def left(deployment: Deployment) -> list[str]:
+    """Names of the objects that are not content."""
+    assert deployment.storage.url is not None
+    return [found.name for found in Bucket(deployment.storage.url).objects() if not found.name.startswith("dvc/")]
+
+
+@pytest.mark.parametrize("stage", KEYS)
+def test_a_stage_comes_back_as_it_is_made_here(stage: str, deployment: Deployment):
+    job = job_of(stage)
+    assert cluster.takes(stage, deployment)
+    before, facts = digests(job.out), job.facts and job.facts.read_bytes()
+    objects.clear(job.out)
+    for state in stages.state_of(stage, job.key).values():
+        shutil.rmtree(state, ignore_errors=True)
+    device, processes = cluster.run(job, deployment)
+    assert (device, processes) == ("cpu", 1) and Here.made
+    assert digests(job.out) == before
+    assert facts == (job.facts and job.facts.read_bytes())
+    assert left(deployment) == []
+
+
+def test_what_stays_here(deployment: Deployment):
+    assert not any(cluster.takes(stage, deployment) for stage in ("dataset", "report", "generate"))
+    assert not cluster.takes("train", Deployment())
+
+
+def test_inputs_that_dvc_has_pushed_are_not_sent_again(own: Project, deployment: Deployment, s3: S3, tmp_path: Path):
+    url = f"{deployment.storage.url}/dvc"
+    own.dvc("remote", "add", "--local", "--default", "there", url)
+    own.dvc("remote", "modify", "--local", "there", "endpointurl", s3.endpoint)
+    (tmp_path / "aws").touch()  # DVC can't read the empty one of `s3`
+    own.run("dvc", "push", "latents@tiny", AWS_CONFIG_FILE=str(tmp_path / "aws"))
+    job = job_of("train")
+    assert objects.push(Bucket(url), job.inputs["latents"], objects.content_of(job.inputs["latents"])) == 0
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_shards_that_lack(deployment: Deployment):
+    job = job_of("metrics")
+    parcel = cluster.pack(job, deployment)
+    assert parcel.shards == 2
+    cluster.send(parcel, job, Bucket(parcel.storage))
+    Node(parcel).shard(1)
+    objects.clear(job.out)
+    cluster.run(job, deployment)
+    assert Here.made == ["shard 0"] and job.out.exists()
+
+
+def test_a_result_that_is_there_is_only_fetched(deployment: Deployment):
+    job = job_of("reference")
+    parcel = cluster.pack(job, deployment)
+    cluster.send(parcel, job, Bucket(parcel.storage))
+    Node(parcel).whole()
+    before = digests(job.out)
+    shutil.rmtree(job.out)
+    cluster.run(job, deployment)
+    assert Here.made == [] and digests(job.out) == before
+
+
+@pytest.fixture
+def computed(deployment: Deployment) -> tuple[Job, Parcel]:
+    """A reference that a node has made and nobody has taken yet."""
+    job = job_of("reference")
+    parcel = cluster.pack(job, deployment)
+    cluster.send(parcel, job, Bucket(parcel.storage))
+    Node(parcel).whole()
+    return job, parcel
+
+
+def restate(parcel: Parcel, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what the cluster said that it made."""
+    bucket = Bucket(parcel.storage)
+    told = bucket.read(parcel.result)
+    assert told is not None
+    stated = json.loads(told[0])
+    change(stated)
+    bucket.write(parcel.result, json.dumps(stated).encode())
+
+
+def test_an_object_that_was_replaced_is_refused(computed: tuple[Job, Parcel], deployment: Deployment):
+    job, parcel = computed
+    before, data = digests(job.out), Bucket(f"{parcel.storage}/dvc")
+    data.write(objects.content_of(job.out)[0].object, b"evil")
+    with pytest.raises(OSError, match="its md5 is"):
+        cluster.run(job, deployment)
+    assert digests(job.out) == before
+
+
+@pytest.mark.parametrize("lacking", [artifact.MANIFEST, "extractor.safetensors"])
+def test_an_output_that_is_not_whole_is_refused(lacking: str, computed: tuple[Job, Parcel], deployment: Deployment):
+    job, parcel = computed
+    before = digests(job.out)
+    assert lacking in before
+
+    def change(stated: dict[str, Any]) -> None:
+        stated["files"]["out"] = [file for file in stated["files"]["out"] if file["path"] != lacking]
+
+    restate(parcel, change)
+    with pytest.raises((ValueError, OSError), match=lacking):
+        cluster.run(job, deployment)
+    assert digests(job.out) == before
+
+
+def test_an_output_of_other_settings_is_refused(computed: tuple[Job, Parcel], deployment: Deployment):
+    job, parcel = computed
+    other = job._replace(config=job.config.model_copy(update={"epochs": 3}))
+    before = digests(job.out)
+    theirs = cluster.pack(other, deployment)
+    told = Bucket(parcel.storage).read(parcel.result)
+    assert told is not None
+    Bucket(parcel.storage).write(theirs.result, told[0])
+    with pytest.raises(artifact.DamagedError, match="is of another parcel"):
+        cluster.run(other, deployment)
+    restate(theirs, lambda stated: stated.update(parcel=theirs.digest))
+    with pytest.raises(artifact.DamagedError, match="not what its manifest says"):
+        cluster.run(other, deployment)
+    assert digests(job.out) == before
+
+
+def test_a_mark_that_names_a_file_elsewhere_is_refused(deployment: Deployment, tmp_path: Path):
+    job = job_of("latents")
+    parcel = cluster.pack(job, deployment)
+    bucket = Bucket(parcel.storage)
+    cluster.send(parcel, job, bucket)
+    for index in range(parcel.shards):
+        Node(parcel).shard(index)
+    Node(parcel).finish(("cpu",), {})
+    name = parcel.mark(0)
+    told = bucket.read(name)
+    assert told is not None
+    mark = json.loads(told[0])
+    mark["objects"][0][0] = f"{parcel.state}/../../../../evil"
+    bucket.write(name, json.dumps(mark).encode())
+    with pytest.raises(artifact.DamagedError, match="outside of its work"):
+        cluster.run(job, deployment)
+
+
+def test_code_that_is_no_commit_s_is_not_sent(own: Project, deployment: Deployment):
+    with (own.root / "dod_models" / "flow.py").open("a") as file:
+        file.write("# changed\n")
+    with pytest.raises(ValueError, match=r"`git commit` them, or set compute: local"):
+        cluster.run(job_of("train"), deployment)
+    assert left(deployment) == []
+
+
+def test_a_node_with_other_code_says_so(deployment: Deployment):
+    job = job_of("metrics")
+    parcel = cluster.pack(job, deployment)
+    cluster.send(parcel, job, Bucket(parcel.storage))
+    with pytest.raises(StageError, match="is not the sender's"):
+        Node(parcel.model_copy(update={"work": "0" * 32})).shard(0)
+
+
+def test_a_stage_that_fails_says_why_and_leaves_no_result(deployment: Deployment, capsys: pytest.CaptureFixture[str]):
+    job = job_of("train")
+    assert isinstance(job.config, TrainConfig)
+    model = job.config.model.model_copy(update={"num_classes": 4})
+    parcel = cluster.pack(job._replace(config=job.config.model_copy(update={"model": model})), deployment)
+    cluster.send(parcel, job, Bucket(parcel.storage))
+    with pytest.raises(StageError, match="train of tiny failed, as said above"):
+        Node(parcel).train()
+    assert "latents have 3 classes" in capsys.readouterr().err
+    assert Bucket(parcel.storage).find(parcel.result) is None
+
+
+def test_a_job_is_named_by_what_it_computes(own: Project, deployment: Deployment):
+    job = job_of("train")
+    name = cluster.pack(job, deployment).id
+    own.commit("results")
+    assert cluster.pack(job, deployment).id == name  # another commit, the same code
+    more = deployment.model_copy(update={"ray": deployment.ray.model_copy(update={"training_workers": 2})})
+    assert cluster.pack(job, more).id == name  # other machines, the same result
+    assert cluster.pack(job._replace(config=job.config.model_copy(update={"seed": 1})), deployment).id != name

@@ -1,0 +1,88 @@
+"""Folders by content against a real S3 server: what travels, what is refused, what DVC finds there."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from dod_pipeline import objects
+from dod_pipeline.objects import File
+from dod_pipeline.s3 import Bucket
+
+from .bucket import BUCKET, S3
+
+
+@pytest.fixture
+def bucket(s3: S3, tmp_path: Path) -> Bucket:
+    return Bucket(f"s3://{BUCKET}/{tmp_path.name}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two equal files and another one, and what is no part of the content."""
+    root = tmp_path / "folder"
+    for name, text in {"a": "same", "below/b": "same", "c": "", ".hidden": "x", ".x.partial/d": "x"}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_a_content_is_named_as_dvc_names_it(folder: Path):
+    found = {file.path: file for file in objects.content_of(folder)}
+    assert set(found) == {"a", "below/b", "c"}
+    digest = hashlib.md5(b"same").hexdigest()
+    assert found["a"].object == f"files/md5/{digest[:2]}/{digest[2:]}" and found["c"].size == 0
+
+
+def test_a_content_arrives_as_it_left(bucket: Bucket, folder: Path, tmp_path: Path):
+    content = objects.content_of(folder)
+    assert objects.push(bucket, folder, content) == 2  # equal files go once
+    assert objects.push(bucket, folder, content) == 0
+    target, cache = tmp_path / "target", tmp_path / "cache"
+    for _ in range(2):
+        objects.pull(bucket, content, target, cache=cache)
+    assert objects.content_of(target) == content
+    assert (target / "a").stat().st_ino == (target / "below/b").stat().st_ino  # from the cache, without copies
+    assert (target / "a").stat().st_mode & 0o222 == 0
+
+
+def test_a_single_file_is_a_content(bucket: Bucket, folder: Path, tmp_path: Path):
+    content = objects.content_of(folder / "a")
+    objects.push(bucket, folder / "a", content)
+    objects.pull(bucket, content, tmp_path / "one", cache=tmp_path / "cache")
+    assert (tmp_path / "one").read_text() == "same"
+
+
+def test_an_object_that_is_not_what_its_name_says_is_refused(bucket: Bucket, folder: Path, tmp_path: Path):
+    content = objects.content_of(folder)
+    objects.push(bucket, folder, content)
+    bucket.write(content[0].object, b"evil")  # as long as the true one
+    with pytest.raises(ConnectionError, match=f"{content[0].object}: its md5 is .* not its name"):
+        objects.pull(bucket, content, tmp_path / "target", cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("[!.]*.partial")) and not (tmp_path / "target" / "a").exists()
+
+
+def test_an_object_that_is_gone_is_named(bucket: Bucket, folder: Path, tmp_path: Path):
+    content = objects.content_of(folder)
+    objects.push(bucket, folder, content)
+    bucket.remove([content[0].object])
+    with pytest.raises(ConnectionError, match=f"{content[0].object}: not there, for "):
+        objects.pull(bucket, content, tmp_path / "target", cache=tmp_path / "cache")
+
+
+def test_a_cut_file_in_the_cache_is_fetched_again(bucket: Bucket, folder: Path, tmp_path: Path):
+    content = objects.content_of(folder)
+    objects.push(bucket, folder, content)
+    cache = tmp_path / "cache"
+    objects.pull(bucket, content, tmp_path / "first", cache=cache)
+    place = cache / content[0].object
+    place.unlink()
+    place.write_text("sam")
+    objects.pull(bucket, content, tmp_path / "second", cache=cache)
+    assert (tmp_path / "second" / "a").read_text() == "same"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../out", "a/../../b", "a//b", "", "a/."])
+def test_a_path_that_leads_elsewhere_is_refused(path: str):
+    with pytest.raises(ValueError, match="must be a path below its folder"):
+        File(path=path, md5="0" * 32, size=1)
