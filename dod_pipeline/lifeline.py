@@ -7,6 +7,9 @@ its output folder (`dod_models.artifact.locked`) keeps others out until then.
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 CALLER = "DOD_CALLER"  # environment: pid of the process that called dvc
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -28,6 +31,20 @@ def hold(ancestor: int | None = None) -> None:
 def held(command: list[str]) -> list[str]:
     """The command, so that it dies with the process that starts it."""
     return [sys.executable, "-m", "dod_pipeline.lifeline", str(os.getpid()), *command]
+
+
+@contextmanager
+def unheeding() -> Iterator[None]:
+    """SIGTERM and Ctrl-C have no effect: whoever sent one is obeyed already, and dvc's stop repeats it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from typing import NamedTuple
 
 from dod_models import artifact
 from dod_models.artifact import MANIFEST, DamagedError
-from dod_pipeline import cluster, launch, stages
+from dod_pipeline import cluster, launch, lifeline, stages
 from dod_pipeline.config import Params
 from dod_pipeline.s3 import CONNECTIONS, reaching
 from dod_pipeline.stages import Job
@@ -209,25 +208,11 @@ def mirrored(mirror: Mirror) -> Iterator[Mirror]:
     try:
         yield mirror
     finally:
-        with unheeding():
+        with lifeline.unheeding():
             stop.set()
             thread.join(LAST)
             if thread.is_alive():
                 print(f"warning: {mirror.bucket.url}: took more than {LAST:g} s; left as it is", file=sys.stderr)
-
-
-@contextmanager
-def unheeding() -> Iterator[None]:
-    """SIGTERM and Ctrl-C have no effect: whoever sent one is obeyed already, and dvc's stop repeats it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dod_pipeline.lifeline import unheeding
 from dod_pipeline.parcel import Parcel
 
 log = logging.getLogger("dod_models.ray")  # what `cli.reporting` shows, and tells Dagster
@@ -22,7 +23,7 @@ log = logging.getLogger("dod_models.ray")  # what `cli.reporting` shows, and tel
 SHIPPED = ("dod_models", "dod_pipeline")  # the code that a job runs: these of the commit
 POLL = 2.0  # seconds between two looks at a job
 ANSWER = 30.0  # seconds that the job server has for one answer
-STOP = 60.0  # seconds that a job has to end when it is told to
+STOP = 15.0  # seconds that a job has to end when it is told to: Ray kills it after three
 RUNNING = ("PENDING", "RUNNING")  # Ray's names for the status of a job that has not ended
 
 Answer = TypeVar("Answer")
@@ -75,18 +76,26 @@ class Submission:
             code = Path(folder, "code.zip")
             archive = ["git", "archive", "--format=zip", f"--output={code}", "HEAD", *SHIPPED]
             subprocess.run(archive, check=True)
-            self.asked(
-                lambda: self.client.submit_job(
-                    entrypoint=f"python -m dod_pipeline.ray_driver {self.parcel.storage} {self.parcel.id}",
-                    submission_id=self.parcel.id,
-                    runtime_env={"working_dir": str(code), "env_vars": environment(self.parcel)},
-                )
-            )
+            self.asked(partial(self.submit, code))
         log.info(f"{self.parcel.stage}: job {self.parcel.id} was sent to {self.address}")
+
+    def submit(self, code: Path) -> None:
+        """One attempt to submit the job; the one before it may have succeeded, and its answer got lost."""
+        if any(job.submission_id == self.parcel.id for job in self.client.list_jobs()):
+            return
+        self.client.submit_job(
+            entrypoint=f"python -m dod_pipeline.ray_driver {self.parcel.storage} {self.parcel.id}",
+            submission_id=self.parcel.id,
+            runtime_env={"working_dir": str(code), "env_vars": environment(self.parcel)},
+        )
 
     def follow(self) -> None:
         """Start the job and show what it says until it ends; OSError where it failed. An interrupt stops it."""
         self.start()
+        self.wait()
+
+    def wait(self) -> None:
+        """Show what a job that was started says until it ends."""
         with self.stopping():
             teller = threading.Thread(target=self.tell, daemon=True)
             teller.start()
@@ -125,11 +134,12 @@ class Submission:
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            log.info(f"{self.parcel.stage}: stopping job {self.parcel.id}")
-            self.asked(lambda: self.client.stop_job(self.parcel.id), once=True)
-            end = time.monotonic() + STOP
-            while self.status() in RUNNING and time.monotonic() < end:
-                time.sleep(POLL)
+            with unheeding():
+                log.info(f"{self.parcel.stage}: stopping job {self.parcel.id}")
+                self.asked(lambda: self.client.stop_job(self.parcel.id), once=True)
+                end = time.monotonic() + STOP
+                while self.status() in RUNNING and time.monotonic() < end:
+                    time.sleep(POLL)
             raise
 
 
