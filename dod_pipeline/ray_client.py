@@ -24,6 +24,7 @@ SHIPPED = ("dod_models", "dod_pipeline")  # the code that a job runs: these of t
 POLL = 2.0  # seconds between two looks at a job
 ANSWER = 30.0  # seconds that the job server has for one answer
 STOP = 15.0  # seconds that a job has to end when it is told to: Ray kills it after three
+TALKERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # of each connection and package
 RUNNING = ("PENDING", "RUNNING")  # Ray's names for the status of a job that has not ended
 
 Answer = TypeVar("Answer")
@@ -39,7 +40,8 @@ class Submission:
             raise ValueError(
                 "deployment.compute: ray wants the package ray, which is not here: `make ray`, or set compute: local"
             ) from None
-        logging.getLogger("ray").setLevel(logging.WARNING)  # of packages sent and connections closed
+        for name in TALKERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         self.parcel, self.address = parcel, parcel.cluster.address
         self.client: Any = self.asked(partial(JobSubmissionClient, self.address))
         self.seen = 0  # characters of the log that were shown

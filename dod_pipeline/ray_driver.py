@@ -6,6 +6,7 @@ the job; what a node's loss breaks is computed again.
 """
 
 import argparse
+import logging
 import sys
 from typing import Any
 
@@ -48,6 +49,7 @@ def make_whole(parcel: str) -> None:
 
 def train_together(given: dict[str, str]) -> None:
     """What each of Ray Train's workers does. It begins anew what raises, which a stage's own error is no reason for."""
+    logging.getLogger("dod_models").propagate = False  # Ray prints what comes to the root, and we do
     try:
         node(given["parcel"]).train()
     except StageError as error:
