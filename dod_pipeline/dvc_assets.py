@@ -18,8 +18,8 @@ are those of `dvc dag`. `desc` is the description; `metrics` are numbers in the 
 
 **What is up to date.** The body calls `dvc repro --single-item`, so DVC finds nothing to do after a run of Dagster. An
 asset's code version is a digest of its command, sources and settings; its data version is the md5 in dvc.lock. The
-sensor asks `dvc status` when dvc.lock, an output or a materialization is another than before, and tells Dagster what
-differs, in both directions: after `dvc repro`, `dvc pull` or `git checkout` with `dvc checkout` nothing reads stale
+sensor asks `dvc status` when dvc.lock, an output or a materialization is another than before and no stage runs under
+Dagster or `dvc_repo`, whose end it waits for, however long that takes. It tells Dagster what differs, both ways: after `dvc repro`, `dvc pull` or `git checkout` with `dvc checkout` nothing reads stale
 that is not; and what was deleted, edited in place, or is `always_changed` reads stale. Afterwards the assets that read
 stale or missing are exactly the instances that `dvc status` lists. As there, what is made from an outdated instance is
 not itself outdated until that one is made anew and differs.
