@@ -18,14 +18,15 @@ are those of `dvc dag`. `desc` is the description; `metrics` are numbers in the 
 
 **What is up to date.** The body calls `dvc repro --single-item`, so DVC finds nothing to do after a run of Dagster. An
 asset's code version is a digest of its command, sources and settings; its data version is the md5 in dvc.lock. The
-sensor asks `dvc status` when dvc.lock, an output or a materialization is another than before, and tells Dagster what
-differs, in both directions: after `dvc repro`, `dvc pull` or `git checkout` with `dvc checkout` nothing reads stale
+sensor asks `dvc status` when dvc.lock, an output or a materialization is another than before and no stage runs under
+Dagster or `dvc_repo`, whose end it waits for, however long that takes. It tells Dagster what differs, both ways: after `dvc repro`, `dvc pull` or `git checkout` with `dvc checkout` nothing reads stale
 that is not; and what was deleted, edited in place, or is `always_changed` reads stale. Afterwards the assets that read
 stale or missing are exactly the instances that `dvc status` lists. As there, what is made from an outdated instance is
 not itself outdated until that one is made anew and differs.
 
 **Edits.** Definitions are those of the moment at which Dagster loaded them. After an edit of dvc.yaml, its settings or
-its sources the sensor waits until "Reload definitions" is pressed.
+its sources the sensor says of which instances it tells nothing until "Reload definitions" is pressed: those whose code
+is another by now, those that have gone, and new ones. Of all others it tells as before.
 
 **Frozen stages.** As `dvc repro` does, the asset of one never runs its command, and nothing upstream makes it stale: it
 has no inputs in Dagster. Materializing it has DVC verify that its outputs are there, and record them.
@@ -223,27 +224,34 @@ class Pipeline:
             asset_selection=list(self.keys.values()),
         )
         def body(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-            now = Graph(self.graph.root)
-            if self.code != {name: now.code(instance) for name, instance in now.instances.items()}:
-                return dg.SkipReason("dvc.yaml, its settings or its sources have changed: press Reload definitions")
-            files, events = self.fingerprint(), self.events(context.instance)
+            left = self.left()
+            advice = f"; press Reload definitions to see what has changed: {', '.join(sorted(left))}" if left else ""
+            files, events = self.fingerprint(left), self.events(context.instance)
             if f"{files} {events.newest}" == context.cursor:
-                return dg.SkipReason("dvc.lock and the outputs are as they were")
+                return dg.SkipReason(f"dvc.lock and the outputs are as they were{advice}")
             try:
                 with dvc_repo.alone(self.graph.root, wait=False):
-                    told = self.report(events, dvc_repo.status([], root=self.graph.root))
+                    told = self.report(events, dvc_repo.status([], root=self.graph.root), self.keys.keys() - left)
             except (BlockingIOError, dvc_repo.TryAgainError):
-                return dg.SkipReason("stages are running; what they make will be looked at afterwards")
+                return dg.SkipReason(f"stages are running; what they make will be looked at afterwards{advice}")
             context.update_cursor(f"{files} {events.newest}")
-            return dg.SkipReason(f"told Dagster of {', '.join(told) or 'nothing new'}")
+            return dg.SkipReason(f"told Dagster of {', '.join(told) or 'nothing new'}{advice}")
 
         return body
 
-    def fingerprint(self) -> str:
-        """Changes with dvc.lock, with the definitions, and when a file of an output comes, goes or is replaced."""
+    def left(self) -> set[str]:
+        """The instances whose definitions are older than dvc.yaml, its settings and sources; new ones, and gone ones."""
+        now = Graph(self.graph.root)
+        code = {name: now.code(instance) for name, instance in now.instances.items()}
+        return {name for name in self.code.keys() | code if self.code.get(name) != code.get(name)}
+
+    def fingerprint(self, left: Collection[str]) -> str:
+        """Changes with dvc.lock, with the definitions, with what is left out, and when a file of an output comes, goes
+        or is replaced."""
         lock = self.graph.root / DVC_LOCK
         paths = [self.graph.root / path for instance in self.graph.instances.values() for path in instance.made]
-        parts = [lock.read_text() if lock.exists() else "", *self.code.values(), *map(touched, paths)]
+        text = lock.read_text() if lock.exists() else ""
+        parts = [text, *self.code.values(), *sorted(left), *map(touched, paths)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

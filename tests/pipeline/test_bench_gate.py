@@ -77,7 +77,7 @@ def test_blocks_of_the_study_are_asked_for_once(monkeypatch, tmp_path: Path):
         def __init__(self, key: str) -> None:
             self.key = key
 
-    def scores(one: Fake, block: int, *, seeds: object) -> dict[str, dict[str, float]]:
+    def scores(one: Fake, block: int, *, seeds: object, deployment: object) -> dict[str, dict[str, float]]:
         drawn.append((one.key, block))
         return {"stage2": {"fid": float(len(one.key))}}
 

@@ -20,7 +20,7 @@ from dagster._core.loader import LoadingContextForTest
 from dagster._core.utils import make_new_run_id
 from PIL import Image
 
-from dod_pipeline import cli, dvc_repo, runs, stages
+from dod_pipeline import candidates, champion, cli, dvc_repo, runs, stages
 from dod_pipeline.config import load_params
 from dod_pipeline.definitions import define
 from dod_pipeline.dvc_assets import Pipeline
@@ -179,9 +179,33 @@ def test_the_sensor_asks_for_new_definitions_where_its_own_are_old(own: Project,
     values = own.params()
     values["experiments"]["tiny"]["stage2"]["guidance"] = 3.0
     own.write_params(values)
+    changed = "press Reload definitions to see what has changed: report@tiny, stage2@tiny-6, sweeps@tiny-6"
     with dagster_of(own) as instance:
         said, cursor = tick(instance, pipeline)
-        assert said.endswith("press Reload definitions") and cursor is None
+        assert said == f"told Dagster of nothing new; {changed}"
+        own.dvc("repro", "stage2@tiny-6")
+        said, cursor = tick(instance, pipeline, cursor)
+        assert said == f"told Dagster of metrics@tiny-6; {changed}"  # outdated, and its definition is not
+        reloaded, definitions = define()
+        assert tick(instance, reloaded, cursor)[0] == "told Dagster of stage2@tiny-6"
+        assert stale(instance, definitions) == {name.replace("@", "/") for name in dvc_repo.status([])}
+
+
+def test_a_candidate_does_not_keep_the_sensor_from_telling_of_the_others(own: Project, inside: Enter):
+    """Retraining writes it into params.yaml, and nobody is there to reload definitions."""
+    inside(own)
+    pipeline, _ = define()
+    decided = champion.decide("tiny", "set", champion.holder(load_params(), "tiny-6"), why="first")
+    assert candidates.add("tiny", decided).checkpoint == "tiny-r1-6"
+    own.run("rm", "-r", "dagster_home/history", "samples/tiny/tiny-6/stage2")  # Dagster has forgotten everything
+    own.dvc("repro", "--single-item", "stage2@tiny-6")
+    with dagster_of(own) as instance:
+        said, cursor = tick(instance, pipeline)
+        told, _, left = said.partition("; press Reload definitions to see what has changed: ")
+        assert "train@tiny, " in told and "stage2@tiny-6, metrics@tiny-6" in told
+        new = {"train@tiny-r1", *(f"{stage}@tiny-r1-6" for stage in ("stage1", "stage2", "metrics"))}
+        assert set(left.split(", ")) == new | {"report@tiny-r1", "report@tiny"}  # a report says what isn't evaluated
+        assert tick(instance, pipeline, cursor)[0].startswith("dvc.lock and the outputs are as they were; press Reload")
 
 
 def test_dod_run_waits_for_no_slot_of_a_run_that_waits_for_it(own: Project):
