@@ -9,11 +9,12 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from dod_models import artifact, cli
+from dod_models.config import S3
 from dod_models.images import in_order
 from dod_models.sweeps import TOOK
 from dod_pipeline import ledger, objects, stages
@@ -69,6 +70,7 @@ def pack(job: Job, deployment: Deployment) -> Parcel:
         key=job.key,
         config=job.config.model_dump(mode="json"),
         inputs={name: objects.content_of(path) for name, path in paths.items()},
+        named={path: objects.content_of(Path(path)) for path in named(job, deployment.ray.shared)},
         writes=tuple(name for name in NO_INPUT if name in job.inputs),
         facts=job.facts is not None,
         work=work,
@@ -77,6 +79,28 @@ def pack(job: Job, deployment: Deployment) -> Parcel:
         storage=deployment.storage.url.rstrip("/"),
         cluster=deployment.ray,
     )
+
+
+def named(job: Job, shared: Sequence[str]) -> list[str]:
+    """Files and folders of this project that the settings name. ValueError for what other machines can't reach."""
+    settings = job.config.model_dump()
+    start = settings.get("warm_start") or {}
+    places = {f"{job.stage}.{name}": settings.get(name) for name in ("path", "weights", "statistics")}
+    places["train.warm_start.path"] = start.get("path")
+    if "dataset" in job.inputs:
+        manifest = artifact.read_json(job.inputs["dataset"] / artifact.MANIFEST)
+        places["dataset.root"] = manifest["about"]["root"]
+    found = []
+    for place, path in places.items():
+        if path is None or path.startswith(S3) or any(Path(path).is_relative_to(folder) for folder in shared):
+            continue
+        if Path(path).is_absolute() or ".." in Path(path).parts or place == "dataset.root":
+            raise ValueError(
+                f"{place}: {path} is a place of this machine: upload it and name its s3://..., or name it in "
+                "deployment.ray.shared if every machine has it"
+            )
+        found.append(path)
+    return found
 
 
 def work_of(job: Job) -> tuple[str, int]:
@@ -97,6 +121,7 @@ def send(parcel: Parcel, job: Job, bucket: Bucket) -> None:
     """Upload what the bucket lacks of the inputs, then the parcel."""
     data = Bucket(f"{parcel.storage}/{objects.FOLDER}")
     sent = sum(objects.push(data, job.inputs[name], content) for name, content in parcel.inputs.items())
+    sent += sum(objects.push(data, Path(path), content) for path, content in parcel.named.items())
     log.info(f"{parcel.stage}: sent {sent} files of the inputs; the bucket had the others")
     bucket.write(f"{parcel.folder}/parcel.json", parcel.model_dump_json().encode())
 

@@ -81,6 +81,7 @@ class Ray(Frozen):
     training_workers: PositiveInt = 1
     gpus: NonNegativeInt = 1  # 0: the CPU computes
     cpus: PositiveInt = 4
+    shared: tuple[str, ...] = ()  # folders that every machine has under the same path, a network's file system
     losses: NonNegativeInt = 20  # of nodes, after which a stage is given up
     patience: PositiveFloat = 90  # seconds without an answer of the head, after which it is given up
 

@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -47,13 +47,17 @@ class Node:
             data = Bucket(f"{self.parcel.storage}/{objects.FOLDER}")
             for name, content in self.parcel.inputs.items():
                 objects.pull(data, content, self.root / "inputs" / name, cache=self.cache)
+            for path, content in self.parcel.named.items():
+                objects.pull(data, content, self.root / path, cache=self.cache)
             job = self.parcel.job(self.root)
             fetch.inputs(job)
         return job
 
     def compute(self, job: Job) -> None:
-        """Run the stage in this process."""
-        if cli.main(job.arguments()) != 0:
+        """Run the stage in this process, in the folder where what the settings name lies."""
+        with chdir(self.root):
+            code = cli.main(job.arguments())
+        if code != 0:
             raise StageError(f"{self.parcel.stage} of {self.parcel.key} failed, as said above")
 
     def shard(self, index: int) -> str:

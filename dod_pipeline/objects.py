@@ -24,10 +24,17 @@ ITSELF = "."  # the path of a content that is a single file
 AHEAD = 16  # transfers at a time
 
 
+def check_below(path: str) -> str:
+    """ValueError for a path that leads out of its folder."""
+    if path.startswith("/") or {"", ".", ".."} & set(path.split("/")):
+        raise ValueError("must be a path below its folder")
+    return path
+
+
 class File(Frozen):
     """A file of a content."""
 
-    path: str  # relative to the folder
+    path: str  # relative to the folder, or ITSELF
     md5: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
     size: NonNegativeInt
 
@@ -35,9 +42,7 @@ class File(Frozen):
     @classmethod
     def check_path(cls, path: str) -> str:
         """It leads nowhere else."""
-        if path != ITSELF and (path.startswith("/") or {"", ".", ".."} & set(path.split("/"))):
-            raise ValueError("must be a path below its folder")
-        return path
+        return path if path == ITSELF else check_below(path)
 
     @property
     def object(self) -> str:

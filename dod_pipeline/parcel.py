@@ -11,17 +11,18 @@ In the bucket, below the storage's URL:
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import NonNegativeInt
+from pydantic import AfterValidator, NonNegativeInt
 
 from dod_models import cli
 from dod_models.config import Frozen
 from dod_pipeline.deployment import Ray
-from dod_pipeline.objects import Content
+from dod_pipeline.objects import Content, check_below
 from dod_pipeline.s3 import Object
 from dod_pipeline.stages import Job
 
+Relative = Annotated[str, AfterValidator(check_below)]
 NO_INPUT = ("state", "picture")  # paths among a job's inputs that it writes to
 
 
@@ -32,6 +33,7 @@ class Parcel(Frozen):
     key: str
     config: dict[str, Any]
     inputs: dict[str, Content]
+    named: dict[Relative, Content]  # what the settings name in the project's folder, by its path there
     writes: tuple[str, ...]  # of NO_INPUT, those that the stage has
     facts: bool  # whether its numbers make a file of their own
     work: str = ""  # name of the work folder under its state; "": it has none that lasts

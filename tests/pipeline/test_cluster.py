@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dod_models import artifact
-from dod_models.state import TrainConfig
-from dod_pipeline import cluster, objects, stages
+from dod_models.state import TrainConfig, WarmStart
+from dod_pipeline import cluster, launch, objects, stages
 from dod_pipeline.config import load_params
 from dod_pipeline.deployment import Deployment
 from dod_pipeline.node import Node, StageError, lacking
@@ -52,6 +52,7 @@ class Here:
 @pytest.fixture
 def deployment(
     own: Project,
+    images: Path,
     inside: Callable[[Project], None],
     s3: S3,
     tmp_path: Path,
@@ -62,7 +63,11 @@ def deployment(
     monkeypatch.setenv("DOD_CACHE", str(tmp_path / "node"))
     monkeypatch.setattr(cluster, "Submission", Here)
     Here.made = []
-    values = {"compute": "ray", "ray": {"gpus": 0}, "storage": {"url": f"s3://{BUCKET}/{tmp_path.name}"}}
+    values = {
+        "compute": "ray",
+        "ray": {"gpus": 0, "shared": [str(images)]},
+        "storage": {"url": f"s3://{BUCKET}/{tmp_path.name}"},
+    }
     return Deployment.model_validate(values)
 
 
@@ -208,6 +213,23 @@ def test_a_mark_that_names_a_file_elsewhere_is_refused(deployment: Deployment, t
     bucket.write(name, json.dumps(mark).encode())
     with pytest.raises(artifact.DamagedError, match="outside of its work"):
         cluster.run(job, deployment)
+
+
+def test_what_only_this_machine_has_is_named(deployment: Deployment, images: Path):
+    alone = deployment.model_copy(update={"ray": deployment.ray.model_copy(update={"shared": ()})})
+    with pytest.raises(ValueError, match=f"dataset.root: {images} is a place of this machine: upload it"):
+        cluster.run(job_of("latents"), alone)
+    assert left(deployment) == []
+
+
+def test_weights_that_the_settings_name_travel(own: Project, deployment: Deployment):
+    job, path = job_of("train"), "train/tiny/step-2/ema-0.9.safetensors"
+    start = WarmStart(path=path, sha256=artifact.sha256_file(own.root / path))
+    warm = job._replace(config=job.config.model_copy(update={"warm_start": start}), out=Path("train/warm"))
+    cluster.run(warm, deployment)
+    there = digests(warm.out)
+    assert launch.run_here(warm._replace(out=Path("train/here"))) == 0
+    assert there == digests(Path("train/here")) != digests(job.out)
 
 
 def test_code_that_is_no_commit_s_is_not_sent(own: Project, deployment: Deployment):

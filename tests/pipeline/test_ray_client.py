@@ -95,6 +95,7 @@ def parcel() -> Parcel:
         key="tiny",
         config={},
         inputs={},
+        named={},
         writes=(),
         facts=True,
         code="0",
