@@ -81,6 +81,9 @@ class Ray(Frozen):
     training_workers: PositiveInt = 1
     gpus: NonNegativeInt = 1  # 0: the CPU computes
     cpus: PositiveInt = 4
+    interface: str | None = (
+        None  # by which a training's workers reach each other, as eth0; None: as their names resolve
+    )
     shared: tuple[str, ...] = ()  # folders that every machine has under the same path, a network's file system
     losses: NonNegativeInt = 20  # of nodes, after which a stage is given up
     patience: PositiveFloat = 90  # seconds without an answer of the head, after which it is given up

@@ -175,5 +175,7 @@ def in_time(question: Callable[[], Answer]) -> Answer:
 
 def environment(parcel: Parcel) -> dict[str, str]:
     """What a job's processes are told; credentials are the nodes' own."""
-    quiet = {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0", "TQDM_MININTERVAL": "30"}
-    return quiet | ({} if parcel.cluster.gpus else {"ACCELERATE_USE_CPU": "true"})
+    found = {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0", "TQDM_MININTERVAL": "30"}
+    if parcel.cluster.interface is not None:
+        found |= {f"{library}_SOCKET_IFNAME": parcel.cluster.interface for library in ("GLOO", "NCCL")}
+    return found if parcel.cluster.gpus else found | {"ACCELERATE_USE_CPU": "true"}

@@ -5,9 +5,9 @@ computed here, by a clone.
 """
 
 import json
+import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,34 +51,39 @@ def cluster(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         found.end()
 
 
-@pytest.fixture
-def project(cluster: Cluster, images: Path, tmp_path: Path) -> Project:
-    """The tiny project, nothing of it made, whose deployment is the cluster, with a prefix of its own."""
-    found = tiny.create(tmp_path / "project", tiny.params(images))
-    deploy(found, cluster)
+@pytest.fixture(scope="module")
+def ready(cluster: Cluster, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The tiny project, made on this machine up to its training; its images lie in the bucket. Only to be copied."""
+    values = tiny.params(images)
+    values["datasets"]["tiny"]["dataset"]["root"] = f"s3://{BUCKET}/images"
+    found = tiny.create(tmp_path_factory.mktemp("ready") / "project", values)
+    found.dod("run", "tiny", "--until", "train")
+    found.commit("results")
     return found
 
 
+@pytest.fixture
+def project(ready: Project, tmp_path: Path) -> Project:
+    """A copy of it for one test."""
+    return ready.copy(tmp_path / "project")
+
+
 def deploy(project: Project, cluster: Cluster, **changes: Any) -> None:
-    """Have the project compute on the cluster, from the start, images in the bucket, which all machines reach."""
+    """Have the project compute on the cluster from now on, with a prefix of its own in the bucket."""
     values = project.params()
-    values["datasets"]["tiny"]["dataset"]["root"] = f"s3://{BUCKET}/images"
-    ray = {"address": cluster.address, "gpus": 0, "cpus": 1, "training_workers": 1, "losses": 3}
-    values["deployment"] = {
-        "compute": "ray",
-        "ray": ray | changes,
-        "storage": {"url": f"s3://{BUCKET}/{project.root.parent.name}", "push": "never"},
-    }
+    ray = {"address": cluster.address, "gpus": 0, "cpus": 1, "interface": "eth0", "losses": 3}
+    storage = {"url": f"s3://{BUCKET}/{project.root.parent.name}", "push": "never"}
+    values["deployment"] = {"compute": "ray", "ray": ray | changes, "storage": storage}
     project.write_params(values)
     project.commit("on a cluster")
 
 
-def change(project: Project, *, train: dict[str, Any], sampling: dict[str, Any]) -> None:
+def change(project: Project, **changes: dict[str, Any]) -> None:
     """Give the experiment other settings."""
     values = project.params()
     experiment = values["experiments"]["tiny"]
-    experiment["train"] |= train
-    experiment["sampling"] |= sampling
+    for name, new in changes.items():
+        experiment[name] |= new
     step = experiment["train"]["steps"]
     values["checkpoints"] = {"tiny-6": {"experiment": "tiny", "data": "tiny", "step": step}}
     values["sweeps"] = {}
@@ -86,16 +91,14 @@ def change(project: Project, *, train: dict[str, Any], sampling: dict[str, Any])
     project.commit("other settings")
 
 
-LONG = {"steps": 400, "save_every": 200, "state_every": 10, "log_every": 10}
-SHARDED = {"num_samples": 480, "batch_size": 10}  # micro-batches of which several make a shard
+LONG = {"steps": 4000, "save_every": 2000, "state_every": 50, "log_every": 50}  # half a minute
+SHARDED = {"num_samples": 480, "batch_size": 10}  # twelve shards
 
 
-def here(project: Project, root: Path, until: str) -> Project:
-    """The same settings, computed on this machine."""
-    local = project.clone(root)
-    values = local.params()
-    values.pop("deployment")
-    local.write_params(values)
+def here(ready: Project, project: Project, root: Path, until: str) -> Project:
+    """The project's settings, computed on this machine."""
+    local = ready.copy(root)
+    local.write_params({name: value for name, value in project.params().items() if name != "deployment"})
     local.dod("run", "tiny", "--until", until)
     return local
 
@@ -127,63 +130,78 @@ def job_of(cluster: Cluster, stage: str, known: set[str]) -> str:
     return next(name for name in jobs(cluster) if name.startswith(f"dod-{stage}-") and name not in known)
 
 
-def test_every_stage_gives_on_the_cluster_what_it_gives_here(cluster: Cluster, project: Project, tmp_path: Path):
+def below(project: Project) -> str:
+    """The project's prefix in the bucket."""
+    return f"{project.root.parent.name}/"
+
+
+def mirrored(cluster: Cluster, project: Project) -> bool:
+    """Whether the bucket has a state of the training."""
+    return any(key.endswith("index.json") for key in keys(cluster, f"{below(project)}state/train/"))
+
+
+def test_every_stage_gives_on_the_cluster_what_it_gives_here(cluster: Cluster, ready: Project, tmp_path: Path):
+    project = ready.clone(tmp_path / "project")
+    (project.root / "dvc.lock").unlink()
+    deploy(project, cluster)
     printed = project.dod("run", "tiny").stdout
-    assert made(project) == made(here(project, tmp_path / "local", "report"))  # to the bit: one thread, one worker
+    assert made(project) == made(
+        here(ready, project, tmp_path / "local", "report")
+    )  # to the bit: one thread, one worker
     for stage in SENT:
         assert f"dod-{stage}-tiny" in printed
-    assert "train: step 6" in printed  # a node's log line, as it came
-    assert not keys(cluster, f"{project.root.parent.name}/parcels/")
-    assert not keys(cluster, f"{project.root.parent.name}/state/")
+    assert printed.count("train: step 6:") == 1  # a node's log line, as it came
+    assert not [key for key in keys(cluster, below(project)) if "/parcels/" in key or "/state/" in key]
     assert "Nothing to do" in project.dod("run", "tiny").stdout
 
 
-def test_two_workers_train_as_one_to_float_tolerance(cluster: Cluster, project: Project, tmp_path: Path):
+def test_two_workers_train_as_one_to_float_tolerance(cluster: Cluster, ready: Project, project: Project):
+    shutil.rmtree(project.root / "train")
+    (project.root / "dvc.lock").unlink()
     deploy(project, cluster, training_workers=2)
-    project.dod("run", "tiny", "--until", "train")
-    local = here(project, tmp_path / "local", "train")
+    project.dod("stage", "train", "tiny")
     ours, theirs = (
         [json.loads(line) for line in (p.root / "train" / "tiny" / "curve.jsonl").read_text().splitlines()]
-        for p in (project, local)
+        for p in (project, ready)
     )
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-4)
-    ledgers = [(p.root / "train" / "tiny" / "ledger.jsonl").read_text() for p in (project, local)]
+    ledgers = [(p.root / "train" / "tiny" / "ledger.jsonl").read_text() for p in (project, ready)]
     assert ledgers[0] == ledgers[1]
 
 
-def test_training_goes_on_when_its_node_is_lost(cluster: Cluster, project: Project, tmp_path: Path):
-    change(project, train=LONG, sampling={})
-    project.dod("run", "tiny", "--until", "latents")
+def test_training_goes_on_when_its_node_is_lost(cluster: Cluster, ready: Project, project: Project, tmp_path: Path):
+    change(project, train=LONG)
+    deploy(project, cluster)
     command = Command(project, "dod", "run", "tiny", "--until", "train")
-    index = f"{project.root.parent.name}/state/train/tiny/"
-    assert wait_for(lambda: any(key.endswith("index.json") for key in keys(cluster, index)), 240), command.text
+    assert wait_for(lambda: mirrored(cluster, project), 240), command.text
     lost = next(host for host in cluster.nodes if WORKER in cluster.running(host))
     cluster.lose(lost)
     cluster.add_node()
     assert command.end(600) == 0, command.text
     assert command.text.count("train: beginning") == 1 and "train: going on from step" in command.text
-    local = here(project, tmp_path / "local", "train")
-    assert made(project) == made(local)
+    assert made(project) == made(here(ready, project, tmp_path / "local", "train"))
 
 
-def test_a_lost_node_costs_the_shards_that_it_was_making(cluster: Cluster, project: Project, tmp_path: Path):
-    change(project, train={}, sampling=SHARDED)
-    project.dod("run", "tiny", "--until", "train")
+def test_a_lost_node_costs_the_shards_that_it_was_making(
+    cluster: Cluster, ready: Project, project: Project, tmp_path: Path
+):
+    change(project, sampling=SHARDED)
+    deploy(project, cluster)
     command = Command(project, "dod", "run", "tiny", "--until", "stage1")
-    marks = f"{project.root.parent.name}/state/stage1/"
+    marks = f"{below(project)}state/stage1/"
     assert wait_for(lambda: sum("/shards/" in key for key in keys(cluster, marks)) >= 2, 240), command.text
     cluster.lose(cluster.nodes[0])
     cluster.add_node()
     assert command.end(600) == 0, command.text
-    total = int(command.text.partition(" shards to make")[0].rpartition(" of ")[2])
+    assert "12 of 12 shards to make" in command.text
     begun = command.text.count("making shard ")
-    assert total < begun <= total + 2, command.text  # those of the lost node, and no other, were begun again
-    assert made(project) == made(here(project, tmp_path / "local", "stage1"))
+    assert 12 < begun <= 14, command.text  # those of the lost node, and no other, were begun again
+    assert made(project) == made(here(ready, project, tmp_path / "local", "stage1"))
 
 
 def test_a_killed_command_finds_its_job_running(cluster: Cluster, project: Project):
-    change(project, train=LONG, sampling={})
-    project.dod("run", "tiny", "--until", "latents")
+    change(project, train=LONG)
+    deploy(project, cluster)
     known = set(jobs(cluster))
     first = Command(project, "dod", "run", "tiny", "--until", "train")
     assert wait_for(lambda: "train: step " in first.text, 240), first.text
@@ -198,11 +216,11 @@ def test_a_killed_command_finds_its_job_running(cluster: Cluster, project: Proje
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_the_run_stops_the_job_and_frees_the_nodes(cluster: Cluster, project: Project, number: signal.Signals):
-    change(project, train=LONG, sampling={})
-    project.dod("run", "tiny", "--until", "latents")
+    change(project, train=LONG | {"seed": int(number)})
+    deploy(project, cluster)
     known = set(jobs(cluster))
     command = Command(project, "dod", "run", "tiny", "--until", "train")
-    assert wait_for(lambda: "train: step " in command.text, 240), command.text
+    assert wait_for(lambda: "train: step " in command.text and mirrored(cluster, project), 240), command.text
     command.process.send_signal(number)
     assert command.end(120) == 130, command.text
     assert jobs(cluster)[job_of(cluster, "train", known)] == "STOPPED"
@@ -211,36 +229,24 @@ def test_stopping_the_run_stops_the_job_and_frees_the_nodes(cluster: Cluster, pr
     assert "train: going on from step" in again
 
 
-def test_a_wrong_token_is_refused(cluster: Cluster, project: Project):
-    deploy(project, cluster, patience=5)
-    project.dod("run", "tiny", "--until", "dataset")
-    begun = time.monotonic()
+def test_a_wrong_token_is_refused_at_once(cluster: Cluster, project: Project):
+    deploy(project, cluster, patience=600)
     done = project.run("dod", "stage", "reference", "tiny", status=1, RAY_AUTH_TOKEN="0" * 64)
     assert cluster.address in done.stderr and "token" in done.stderr
     assert cluster.environment["RAY_AUTH_TOKEN"] not in done.stderr + done.stdout
-    assert time.monotonic() - begun < 120
 
 
-def test_a_lost_head_is_told_and_nothing_is_lost(cluster: Cluster, project: Project, tmp_path: Path):
+def test_a_lost_head_is_told_and_nothing_is_lost(cluster: Cluster, ready: Project, project: Project, tmp_path: Path):
     """Last, as it ends the cluster: the next one goes on with what the bucket has."""
+    change(project, train=LONG)
     deploy(project, cluster, patience=10)
-    change(project, train=LONG, sampling={})
-    project.dod("run", "tiny", "--until", "latents")
     command = Command(project, "dod", "run", "tiny", "--until", "train")
-    index = f"{project.root.parent.name}/state/train/tiny/"
-    assert wait_for(lambda: any(key.endswith("index.json") for key in keys(cluster, index)), 240), command.text
+    assert wait_for(lambda: mirrored(cluster, project), 240), command.text
     cluster.lose(cluster.head)
     assert command.end(180) == 1
     assert f"the Ray cluster at {cluster.address} doesn't answer" in command.text
     cluster.start_anew()
-    deploy_to(project, cluster)
+    deploy(project, cluster)
     done = project.dod("run", "tiny", "--until", "train").stdout
     assert "train: going on from step" in done
-    assert made(project) == made(here(project, tmp_path / "local", "train"))
-
-
-def deploy_to(project: Project, cluster: Cluster) -> None:
-    """Name the cluster's new address; what was made stays."""
-    values = project.params()
-    values["deployment"]["ray"]["address"] = cluster.address
-    project.write_params(values)
+    assert made(project) == made(here(ready, project, tmp_path / "local", "train"))
