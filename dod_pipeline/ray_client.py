@@ -52,11 +52,12 @@ class Submission:
         while True:
             try:
                 return in_time(question)
-            except (OSError, TimeoutError, RuntimeError) as error:
-                if "does not exist" in str(error) or time.monotonic() > end:
+            except Exception as error:  # Ray has many kinds; these may pass, others such as a wrong token don't
+                if not isinstance(error, OSError | RuntimeError) or time.monotonic() > end:
+                    why = (str(error) or type(error).__name__).splitlines()[0]
                     raise ConnectionError(
-                        f"the Ray cluster at {self.address} doesn't answer, or not as expected: {error}. Job "
-                        f"{self.parcel.id} may go on there, and what it has made is in {self.parcel.storage}: look at "
+                        f"the Ray cluster at {self.address} doesn't answer, or refuses: {why}. Job {self.parcel.id} "
+                        f"may go on there, and what it has made is in {self.parcel.storage}: look at "
                         "deployment.ray.address, the head and its token, and run it again"
                     ) from None
                 time.sleep(POLL)

@@ -184,9 +184,21 @@ def test_an_answer_that_fails_to_come_once_is_asked_for_again(fault: Any, server
 def test_a_head_that_is_lost_is_told_in_bounded_time(fault: Any, server: Server, parcel: Parcel):
     server.faults = [fault] * 100
     begun = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"Ray cluster at http://127.0.0.1:8265 doesn't answer.*may go on there"):
+    with pytest.raises(
+        ConnectionError, match=r"Ray cluster at http://127.0.0.1:8265 doesn't answer, or refuses.*may go on there"
+    ):
         Submission(parcel).follow()
     assert time.monotonic() - begun < 30
+
+
+def test_a_refusal_is_told_at_once(server: Server, parcel: Parcel):
+    class AuthenticationError(Exception):
+        """Ray's, which is a kind of its own."""
+
+    server.faults = [AuthenticationError("Authentication failed: invalid token\nlong advice")]
+    patient = parcel.model_copy(update={"cluster": Ray(gpus=0, patience=600)})
+    with pytest.raises(ConnectionError, match=r"refuses: Authentication failed: invalid token\. Job"):
+        Submission(patient).follow()
 
 
 def test_an_interrupt_stops_the_job(server: Server, parcel: Parcel):
