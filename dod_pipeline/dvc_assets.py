@@ -19,10 +19,11 @@ are those of `dvc dag`. `desc` is the description; `metrics` are numbers in the 
 **What is up to date.** The body calls `dvc repro --single-item`, so DVC finds nothing to do after a run of Dagster. An
 asset's code version is a digest of its command, sources and settings; its data version is the md5 in dvc.lock. The
 sensor asks `dvc status` when dvc.lock, an output or a materialization is another than before and no stage runs under
-Dagster or `dvc_repo`, whose end it waits for, however long that takes. It tells Dagster what differs, both ways: after `dvc repro`, `dvc pull` or `git checkout` with `dvc checkout` nothing reads stale
-that is not; and what was deleted, edited in place, or is `always_changed` reads stale. Afterwards the assets that read
-stale or missing are exactly the instances that `dvc status` lists. As there, what is made from an outdated instance is
-not itself outdated until that one is made anew and differs.
+Dagster or `dvc_repo`, whose end it waits for, however long that takes. It tells Dagster what differs, both ways: after
+`dvc repro`, `dvc pull` or `git checkout` with `dvc checkout` nothing reads stale that is not; and what was deleted,
+edited in place, or is `always_changed` reads stale. Afterwards the assets that read stale or missing are exactly the
+instances that `dvc status` lists. As there, what is made from an outdated instance is not itself outdated until that
+one is made anew and differs.
 
 **Edits.** Definitions are those of the moment at which Dagster loaded them. After an edit of dvc.yaml, its settings or
 its sources the sensor says of which instances it tells nothing until "Reload definitions" is pressed: those whose code
@@ -240,7 +241,7 @@ class Pipeline:
         return body
 
     def left(self) -> set[str]:
-        """The instances whose definitions are older than dvc.yaml, its settings and sources; new ones, and gone ones."""
+        """The instances whose definitions are older than dvc.yaml, its settings and sources; new and gone ones too."""
         now = Graph(self.graph.root)
         code = {name: now.code(instance) for name, instance in now.instances.items()}
         return {name for name in self.code.keys() | code if self.code.get(name) != code.get(name)}
