@@ -189,6 +189,8 @@ def precision_recall(
     axes.set(
         xlim=(low, high), ylim=(low, high), aspect="equal", xlabel="recall (variety)", ylabel="precision (fidelity)"
     )
+    for line in axes.lines:
+        line.set_clip_on(False)  # a point at 0 or 1 is seen whole
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, handletextpad=0.3, borderaxespad=0)

@@ -1,9 +1,12 @@
-"""Eight runs at once of one repository, a slow large commit among them, and a bare `dvc repro` beside."""
+"""Eight runs at once of one repository, a slow large commit among them, and a bare `dvc repro` beside; and commands."""
 
 import itertools
 import json
 import multiprocessing
+import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import dagster as dg
@@ -13,9 +16,11 @@ from dagster._core.instance.ref import InstanceRef
 from dod_pipeline import dvc_repo
 
 from . import toy
+from .processes import Command, wait_for
 from .project import Project
 
 BRANCHES = "abcdef"
+LONG = 8.0  # seconds
 DVC_YAML = """
 stages:
   large:
@@ -92,3 +97,48 @@ def test_eight_runs_at_once_meet_no_lock_and_lose_no_entry(tmp_path: Path):
     assert not wanted & set(json.loads(project.dvc("status", "--json").stdout))
     times = sorted(json.loads(line) for line in (root / "times.jsonl").read_text().splitlines())
     assert any(later[0] < earlier[1] for earlier, later in itertools.pairwise(times)), times
+
+
+def holder_of(lock: Path) -> int | None:
+    """The process that holds a lock on this file."""
+    inode = str(lock.stat().st_ino) if lock.exists() else ""
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if words[1] != "->" and words[5].rpartition(":")[2] == inode:
+            return int(words[4])
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="only Linux says in /proc/locks who holds a lock")
+@pytest.mark.timeout(600)
+def test_commands_at_once_wait_for_a_bare_dvc_whose_commit_takes_long(own: Project, home: Path):
+    """It has DVC's lock, and is stopped: for longer than the 3 s for which a dvc waits for another."""
+    values, before = own.params(), set(own.lock())
+    values["experiments"]["tiny"]["stage2"]["guidance"] = 3.0
+    own.write_params(values)
+    lock, holder = own.root / ".dvc" / "tmp" / "lock", 0
+
+    def holds() -> bool:
+        nonlocal holder
+        holder = holder_of(lock) or 0
+        return holder != 0
+
+    bare = Command(own, "dvc", "commit", "--force", "train@tiny")
+    assert wait_for(holds, 60), bare.text
+    os.kill(holder, signal.SIGSTOP)
+    select = 'key:"stage2/tiny-6"'
+    commands = [
+        Command(own, "dagster", "asset", "materialize", "--select", select, DAGSTER_HOME=str(home), PYTHONWARNINGS=""),
+        Command(own, "dod", "run", "tiny", "--until", "stage2"),
+        Command(own, "dod", "run", "tiny", "--until", "metrics"),
+    ]
+    try:
+        assert wait_for(lambda: sum("waiting for it" in command.text for command in commands) >= 2, 120)
+        time.sleep(LONG)
+        assert holder_of(lock) == holder and [one.process.poll() for one in commands] == [None] * 3
+    finally:
+        os.kill(holder, signal.SIGCONT)
+    assert [one.end(400) for one in (bare, *commands)] == [0] * 4, [one.text for one in commands]
+    assert not [one.text for one in commands if dvc_repo.BUSY.search(one.text)]
+    assert set(own.lock()) == before
+    own.dvc("status", "-q", "stage2@tiny-6", "metrics@tiny-6")

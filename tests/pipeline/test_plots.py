@@ -199,6 +199,7 @@ def test_the_plane_has_recall_to_the_right_and_precision_upwards():
     assert lines(figure) == [[(0.8, 0.5), (0.7, 0.6)], [(0.7, 0.6)], [(0.85, 0.9)]]
     assert path.get_markerfacecolor() == "white" and newest.get_markerfacecolor() == newest.get_color()
     assert floor.get_linestyle() == "None"
+    assert not any(line.get_clip_on() for line in (path, newest, floor))  # at 0 or 1 a point is seen whole
     assert figure.axes[0].get_xlabel().startswith("recall") and figure.axes[0].get_ylabel().startswith("precision")
 
 
