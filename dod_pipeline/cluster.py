@@ -10,17 +10,17 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from dod_models import artifact, cli
 from dod_models.config import S3
 from dod_models.images import in_order
+from dod_models.shards import Shards
 from dod_models.sweeps import TOOK
 from dod_pipeline import ledger, objects, stages
 from dod_pipeline.deployment import Deployment
 from dod_pipeline.objects import Content, File
-from dod_pipeline.parcel import NO_INPUT, Mark, Parcel, Result
+from dod_pipeline.parcel import NO_INPUT, Mark, Parcel, Result, prefix
 from dod_pipeline.ray_client import SHIPPED, Submission, log
 from dod_pipeline.s3 import Bucket, Object, reaching
 from dod_pipeline.stages import Job
@@ -41,17 +41,33 @@ def run(job: Job, deployment: Deployment) -> tuple[str, int]:
     ConnectionError where cluster or bucket can't be reached: what was made stays there, and running it again goes on.
     """
     parcel = pack(job, deployment)
-    with cli.reporting(), reaching(parcel.storage) as bucket:
+    with reaching(parcel.storage) as bucket:
         if bucket.find(parcel.result) is None:
-            send(parcel, job, bucket)
-            Submission(parcel).follow()
-        result = read_result(parcel, bucket)
-        take(parcel, result, job, bucket)
-        with suppress(OSError):  # what remains is small, and in nobody's way
-            made = [found.name for place in (parcel.folder, parcel.state) for found in bucket.objects(f"{place}/")]
-            bucket.remove(made)
+            with cli.reporting():
+                send(parcel, job, bucket)
+                Submission(parcel).follow()
+        try:
+            result = read_result(parcel, bucket)
+            take(parcel, result, job, bucket)
+        except artifact.DamagedError:
+            bucket.remove([parcel.result])  # so that the next run has it made anew
+            raise
     processes = parcel.cluster.training_workers if parcel.stage == "train" else max(1, len(result.devices))
     return ", ".join(result.devices) or "ray", processes
+
+
+def forget(stage: str, key: str, deployment: Deployment) -> None:
+    """Remove what the bucket keeps of a stage instance's computation: DVC has recorded its output, and pushed it if it
+    is to. Content stays, for it is DVC's. What can't be removed now is told, and removed the next time."""
+    if not takes(stage, deployment):
+        return
+    assert deployment.storage.url is not None  # as takes has it
+    try:
+        with reaching(deployment.storage.url) as bucket:
+            parcels = (found.name for found in bucket.objects("parcels") if found.name.startswith(prefix(stage, key)))
+            bucket.remove([*parcels, *(found.name for found in bucket.objects(f"state/{stage}/{key}"))])
+    except OSError as error:
+        print(f"warning: what the cluster used for {stage} of {key} is left there: {error}", file=sys.stderr)
 
 
 def pack(job: Job, deployment: Deployment) -> Parcel:
@@ -77,6 +93,7 @@ def pack(job: Job, deployment: Deployment) -> Parcel:
         shards=shards,
         code=ledger.git("rev-parse", *(f"HEAD:{folder}" for folder in SHIPPED)).stdout.strip(),
         storage=deployment.storage.url.rstrip("/"),
+        endpoint=deployment.storage.endpoint,
         cluster=deployment.ray,
     )
 
@@ -157,7 +174,7 @@ def take(parcel: Parcel, result: Result, job: Job, bucket: Bucket) -> None:
 def gather(parcel: Parcel, job: Job, bucket: Bucket) -> None:
     """Fetch the shards to where the stage looks for them; it checks each against its note."""
     folder = job.inputs["state"] / parcel.work
-    found = (Mark.parse(json.loads(told[0]), place=name) for name, told in marks(parcel, bucket))
+    found = [Mark.parse(json.loads(told[0]), place=name) for name, told in marks(parcel, bucket)]
     wanted = [item for mark in found for item in mark.objects]
 
     def fetch(item: Object) -> None:
@@ -169,15 +186,23 @@ def gather(parcel: Parcel, job: Job, bucket: Bucket) -> None:
 
     for _ in in_order(fetch, wanted, ahead=objects.AHEAD):
         pass
+    shards = Shards(folder)
+    for index, mark in enumerate(found):
+        names = [Path(item.name).name for item in mark.objects if "/out/" in item.name]
+        if not names or not all(shards.has(name) for name in names):
+            bucket.remove([parcel.mark(index)])
+            raise artifact.DamagedError(
+                f"{bucket.url}/{parcel.mark(index)}: the shard is not what it says; run it again"
+            )
 
 
 def marks(parcel: Parcel, bucket: Bucket) -> Iterator[tuple[str, tuple[bytes, str]]]:
-    """The marks of all shards; ConnectionError names one that is not there."""
+    """The marks of all shards; DamagedError names one that is not there."""
     for index in range(parcel.shards):
         name = parcel.mark(index)
         told = bucket.read(name)
         if told is None:
-            raise ConnectionError(f"{bucket.url}/{name}: not there, though the job ended well; run it again")
+            raise artifact.DamagedError(f"{bucket.url}/{name}: not there, though the job ended well; run it again")
         yield name, told
 
 

@@ -72,11 +72,14 @@ def progress(files: Files) -> tuple[int, int]:
 
 
 class Mirror:
-    """The mirror of a work folder at s3://BUCKET/PREFIX; several threads may use it."""
+    """The mirror of a work folder at s3://BUCKET/PREFIX; several threads may use it.
 
-    def __init__(self, url: str, work: Path) -> None:
+    `strict`: not to reach S3 is an error before work begins; a new machine has nothing else to go on from.
+    """
+
+    def __init__(self, url: str, work: Path, *, strict: bool = False) -> None:
         with reaching(url) as bucket:
-            self.bucket, self.work = bucket, work
+            self.bucket, self.work, self.strict = bucket, work, strict
         self.lock, self.over = threading.Lock(), False
         self.index: tuple[Files, str | None] | None = None  # what S3 has, and its ETag; None: not read yet
         self.failing: set[str] = set()  # what was told
@@ -84,7 +87,7 @@ class Mirror:
     def restore(self) -> None:
         """Fetch what S3 has, if that goes further than what lies here; what is damaged there is named and passed over,
         and will be replaced."""
-        with self.lock, self.telling("the work begins from what lies here"):
+        with self.lock, self.telling("the work begins from what lies here", but=OSError if self.strict else ()):
             there, etag = self.read()
             here = whole(self.work)
             if progress(there) <= progress(here):
@@ -166,11 +169,13 @@ class Mirror:
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def telling(self, consequence: str) -> Iterator[None]:
-        """What goes wrong is told, once until it goes well, and stops nothing."""
+    def telling(self, consequence: str, *, but: type[OSError] | tuple[()] = ()) -> Iterator[None]:
+        """What goes wrong is told, once until it goes well, and stops nothing, `but` for this."""
         try:
             yield
             self.failing.discard(consequence)
+        except but:
+            raise
         except (OSError, ValueError) as error:
             if consequence not in self.failing:
                 print(f"warning: {self.bucket.url}: {error}; {consequence}", file=sys.stderr, flush=True)

@@ -82,18 +82,32 @@ class Node:
 
     def train(self) -> None:
         """Train as one of several processes; the first one's states and checkpoints are mirrored to the bucket."""
-        first = this_process().rank == 0
+        if self.bucket.find(self.parcel.failure) is not None:  # one of the workers has said why
+            return
+        try:
+            self.train_on()
+        except StageError as error:
+            self.bucket.write(self.parcel.failure, str(error).encode())
+            raise
+
+    def train_on(self) -> None:
+        """Train from the newest state; where S3 can't be asked for it, that is an error, not a beginning."""
+        process = this_process()
+        first = process.rank == 0
         work = self.job.inputs["state"] / self.parcel.work
-        mirror = Mirror(f"{self.parcel.storage}/{self.parcel.state}", work) if first else None
+        mirror = Mirror(f"{self.parcel.storage}/{self.parcel.state}", work, strict=True) if first else None
         with mirrored(mirror) if mirror else nullcontext():
             self.compute(self.job)
         if first:
             self.deliver()
+        if process.local_rank == 0:  # all of this machine's have ended together
+            shutil.rmtree(self.root)
 
     def whole(self) -> None:
         """Compute the stage in one piece."""
         self.compute(self.job)
         self.deliver()
+        shutil.rmtree(self.root)
 
     def deliver(self) -> None:
         """Upload what was made, then the result that names it."""

@@ -15,6 +15,7 @@ from typing import Annotated
 
 from pydantic import NonNegativeInt, StringConstraints, field_validator
 
+from dod_models.artifact import DamagedError
 from dod_models.config import Frozen
 from dod_models.images import in_order
 from dod_pipeline.s3 import Bucket
@@ -114,17 +115,17 @@ def keep(bucket: Bucket, file: File, *, cache: Path) -> None:
 
 
 def fetch(bucket: Bucket, file: File, path: Path) -> None:
-    """Fetch a file to its place; ConnectionError if it isn't there, or isn't what its name says."""
+    """Fetch a file to its place; DamagedError if it isn't there, or isn't what its name says."""
     known = bucket.find(file.object)
     if known is None:
-        raise ConnectionError(f"{bucket.url}/{file.object}: not there, for {file.path}; push it again: `dvc push`")
+        raise DamagedError(f"{bucket.url}/{file.object}: not there, for {file.path}; run the stage that makes it again")
     path.parent.mkdir(parents=True, exist_ok=True)
     bucket.download(known, path)
     if (found := described(path, file.path)) != file:
         path.unlink()
-        raise ConnectionError(
+        raise DamagedError(
             f"{bucket.url}/{file.object}: its md5 is {found.md5}, which is not its name: replaced or damaged there; "
-            "remove it and push it again: `dvc push`"
+            f"remove it (`aws s3 rm {bucket.url}/{file.object}`) and run the stage that makes it again"
         )
 
 

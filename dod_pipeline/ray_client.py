@@ -5,6 +5,8 @@ Ray's job API over HTTP. Its client sets itself no limits in time, so each quest
 
 import asyncio
 import logging
+import shlex
+import signal
 import subprocess
 import tempfile
 import threading
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dod_pipeline.lifeline import unheeding
-from dod_pipeline.parcel import Parcel
+from dod_pipeline.parcel import PARCELS, Parcel, prefix
 
 log = logging.getLogger("dod_models.ray")  # what `cli.reporting` shows, and tells Dagster
 
@@ -62,14 +64,22 @@ class Submission:
                     ) from None
                 time.sleep(POLL)
 
+    def jobs(self) -> dict[str, str]:
+        """The status of each job that was submitted, by name."""
+        return {job.submission_id: str(job.status.value) for job in self.asked(self.client.list_jobs)}
+
     def status(self) -> str | None:
         """The job's status; None where the cluster knows no such job."""
-        known = self.asked(self.client.list_jobs)
-        return next((str(job.status.value) for job in known if job.submission_id == self.parcel.id), None)
+        return self.jobs().get(self.parcel.id)
 
     def start(self) -> None:
         """Submit the job, unless it runs."""
-        status = self.status()
+        known = self.jobs()
+        status = known.get(self.parcel.id)
+        alike = prefix(self.parcel.stage, self.parcel.key).removeprefix(PARCELS)
+        for other in (name for name, how in known.items() if how in RUNNING and name != self.parcel.id):
+            if other is not None and other.startswith(alike):
+                log.warning(f"job {other} of other settings or code still runs; `ray job stop {other}` stops it")
         if status in RUNNING:
             log.info(f"{self.parcel.stage}: job {self.parcel.id} runs already; waiting for it")
             return
@@ -87,29 +97,27 @@ class Submission:
         if any(job.submission_id == self.parcel.id for job in self.client.list_jobs()):
             return
         self.client.submit_job(
-            entrypoint=f"python -m dod_pipeline.ray_driver {self.parcel.storage} {self.parcel.id}",
+            entrypoint=shlex.join(["python", "-m", "dod_pipeline.ray_driver", self.parcel.storage, self.parcel.id]),
             submission_id=self.parcel.id,
             runtime_env={"working_dir": str(code), "env_vars": environment(self.parcel)},
         )
 
     def follow(self) -> None:
         """Start the job and show what it says until it ends; OSError where it failed. An interrupt stops it."""
-        self.start()
-        self.wait()
+        with self.stopping():
+            self.start()
+            self.wait()
 
     def wait(self) -> None:
         """Show what a job that was started says until it ends."""
-        with self.stopping():
-            teller = threading.Thread(target=self.tell, daemon=True)
-            teller.start()
-            while (status := self.status()) in RUNNING:
-                time.sleep(POLL)
-            teller.join(timeout=ANSWER)
+        teller = threading.Thread(target=self.tell, daemon=True)
+        teller.start()
+        while (status := self.status()) in RUNNING:
+            time.sleep(POLL)
+        teller.join(timeout=ANSWER)
         if status != "SUCCEEDED":
             how = f"ended as {status}" if status else "is unknown to the cluster: it was started anew meanwhile"
-            raise OSError(
-                f"job {self.parcel.id} {how}; what it said stands above. What it had made is kept: run it again"
-            )
+        raise OSError(f"job {self.parcel.id} {how}; what it said stands above. What it had made is kept: run it again")
 
     def tell(self) -> None:
         """Show the job's log as it comes, from where it was lost if the connection breaks."""
@@ -133,17 +141,23 @@ class Submission:
 
     @contextmanager
     def stopping(self) -> Iterator[None]:
-        """Stop the job if this process is interrupted."""
+        """Stop the job if this process is interrupted, by Ctrl-C or SIGTERM."""
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
             with unheeding():
                 log.info(f"{self.parcel.stage}: stopping job {self.parcel.id}")
-                self.asked(lambda: self.client.stop_job(self.parcel.id), once=True)
+                with suppress(ConnectionError):  # it may not have begun
+                    self.asked(lambda: self.client.stop_job(self.parcel.id), once=True)
                 end = time.monotonic() + STOP
                 while self.status() in RUNNING and time.monotonic() < end:
                     time.sleep(POLL)
             raise
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
 
 
 def say(line: str) -> None:
@@ -177,6 +191,8 @@ def in_time(question: Callable[[], Answer]) -> Answer:
 def environment(parcel: Parcel) -> dict[str, str]:
     """What a job's processes are told; credentials are the nodes' own."""
     found = {"RAY_COLOR_PREFIX": "0", "RAY_DEDUP_LOGS": "0", "TQDM_MININTERVAL": "30"}
+    if parcel.endpoint is not None:
+        found["AWS_ENDPOINT_URL_S3"] = parcel.endpoint
     if parcel.cluster.interface is not None:
         found |= {f"{library}_SOCKET_IFNAME": parcel.cluster.interface for library in ("GLOO", "NCCL")}
     return found if parcel.cluster.gpus else found | {"ACCELERATE_USE_CPU": "true"}

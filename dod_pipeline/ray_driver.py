@@ -20,6 +20,8 @@ from dod_pipeline.node import Node, StageError, lacking
 from dod_pipeline.parcel import Parcel
 from dod_pipeline.s3 import reaching
 
+PATIENCE = 300.0  # seconds without a shard, after which it is said what shards wait for
+
 
 def read_parcel(storage: str, name: str) -> Parcel:
     """The parcel that was sent."""
@@ -27,7 +29,10 @@ def read_parcel(storage: str, name: str) -> Parcel:
         found = bucket.read(f"parcels/{name}/parcel.json")
     if found is None:
         raise FileNotFoundError(f"{storage}/parcels/{name}/parcel.json: not there; send it again")
-    return Parcel.load(found[0].decode())
+    parcel = Parcel.load(found[0].decode())
+    if parcel.id != name:
+        raise ValueError(f"{storage}/parcels/{name}/parcel.json: is {parcel.id}, not what was asked for; send it again")
+    return parcel
 
 
 def node(parcel: str) -> Node:
@@ -35,25 +40,21 @@ def node(parcel: str) -> Node:
     return Node(Parcel.load(parcel))
 
 
-@ray.remote
 def make_shard(parcel: str, index: int) -> str:
     """Make a shard on a node."""
     return node(parcel).shard(index)
 
 
-@ray.remote
 def make_whole(parcel: str) -> None:
     """Compute a stage on a node."""
     node(parcel).whole()
 
 
 def train_together(given: dict[str, str]) -> None:
-    """What each of Ray Train's workers does. It begins anew what raises, which a stage's own error is no reason for."""
+    """What each of Ray Train's workers does. Where one raises, all are begun again: after a stage's own error in one of
+    them, to find that out and end."""
     logging.getLogger("dod_models").propagate = False  # Ray prints what comes to the root, and we do
-    try:
-        node(given["parcel"]).train()
-    except StageError as error:
-        print(error, file=sys.stderr, flush=True)
+    node(given["parcel"]).train()
 
 
 def options(cluster: Ray) -> dict[str, Any]:
@@ -78,8 +79,9 @@ def train(parcel: Parcel) -> None:
         ),
         run_config=RunConfig(failure_config=FailureConfig(max_failures=cluster.losses)),
     )
-    trainer.fit()
     with reaching(parcel.storage) as bucket:
+        bucket.remove([parcel.failure])
+        trainer.fit()
         if bucket.find(parcel.result) is None:
             raise StageError(f"{parcel.id}: no result, for the reason above")
 
@@ -89,12 +91,15 @@ def shards(parcel: Parcel) -> None:
     with reaching(parcel.storage) as bucket:
         lack = lacking(parcel, bucket)
         print(f"{parcel.stage}: {len(lack)} of {parcel.shards} shards to make", flush=True)
-        made = make_shard.options(**options(parcel.cluster))
+        made = ray.remote(make_shard).options(**options(parcel.cluster))
         waiting, devices = [made.remote(parcel.model_dump_json(), index) for index in lack], set()
         while waiting:
-            done, waiting = ray.wait(waiting)
+            done, waiting = ray.wait(waiting, timeout=PATIENCE)
             devices |= set(ray.get(done))
-            print(f"{parcel.stage}: {parcel.shards - len(waiting)} of {parcel.shards} shards are there", flush=True)
+            there = f"{parcel.shards - len(waiting)} of {parcel.shards} shards are there"
+            wants = f"; a shard wants {parcel.cluster.cpus} CPUs and {parcel.cluster.gpus} GPUs of a node"
+            has = f", the cluster has {ray.cluster_resources()}"
+            print(f"{parcel.stage}: {there}{'' if done else wants + has}", flush=True)
         Node(parcel).finish(tuple(sorted(devices)), {})
 
 
@@ -112,7 +117,7 @@ def main() -> int:
         elif parcel.shards:
             shards(parcel)
         else:
-            ray.get(make_whole.options(**options(parcel.cluster)).remote(parcel.model_dump_json()))
+            ray.get(ray.remote(make_whole).options(**options(parcel.cluster)).remote(parcel.model_dump_json()))
     except (RayError, StageError, OSError, ValueError) as error:
         print(f"{named.id}: {error}", file=sys.stderr)
         return 1

@@ -16,7 +16,7 @@ from dagster._utils.env import environ
 from sqlalchemy.exc import SQLAlchemyError
 from yaml import YAMLError
 
-from dod_pipeline import dvc_keep, dvc_repo, dvc_transfer, listing, mirror, remote, stages
+from dod_pipeline import cluster, dvc_keep, dvc_repo, dvc_transfer, listing, mirror, remote, stages
 from dod_pipeline.config import Params
 from dod_pipeline.definitions import define, keep
 from dod_pipeline.dvc_assets import Pipeline
@@ -129,6 +129,7 @@ def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[st
     for stage, key in jobs:  # what is recorded, and pushed if it is to be, need not be kept twice
         if dvc_repo.address(stage, key) not in owed:
             mirror.forget_finished(params, stage, key)
+            cluster.forget(stage, key, params.deployment)
     return jobs
 
 
