@@ -117,7 +117,8 @@ class Submission:
         teller.join(timeout=ANSWER)
         if status != "SUCCEEDED":
             how = f"ended as {status}" if status else "is unknown to the cluster: it was started anew meanwhile"
-        raise OSError(f"job {self.parcel.id} {how}; what it said stands above. What it had made is kept: run it again")
+            said = "what it said stands above. What it had made is kept: run it again"
+            raise OSError(f"job {self.parcel.id} {how}; {said}")
 
     def tell(self) -> None:
         """Show the job's log as it comes, from where it was lost if the connection breaks."""

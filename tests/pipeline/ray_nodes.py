@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import psutil
 
+from dod_pipeline.config import ENDPOINT
 from dod_pipeline.lifeline import held
 
 from .bucket import S3
@@ -27,7 +28,10 @@ class Cluster:
         self.net, self.folder, self.s3, self.nodes = net, folder, s3, list[Host]()
         self.started = list[subprocess.Popen[bytes]]()
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.variables = self.environment | s3.environment() | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        access = {
+            name: value for name, value in s3.environment().items() if name != "AWS_ENDPOINT_URL_S3"
+        }  # jobs say it
+        self.variables = self.environment | access | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
         self.head = self.start_head()
 
     @property
@@ -79,8 +83,9 @@ class Cluster:
         words += [f"--object-store-memory={MEMORY}", *options]
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         own = {"HOME": "/tmp/home", "DOD_CACHE": "/tmp/cache", "PATH": path}
+        theirs = {name: value for name, value in os.environ.items() if name != ENDPOINT}  # each job brings its own
         with self.log(host).open("w") as log:
-            self.spawn(host.command(words, tmp=tmp), log, dict(os.environ) | self.variables | own)
+            self.spawn(host.command(words, tmp=tmp), log, theirs | self.variables | own)
         end = time.monotonic() + 120
         while wait_for not in self.log(host).read_text():
             assert time.monotonic() < end, self.log(host).read_text()[-3000:]

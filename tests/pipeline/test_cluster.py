@@ -1,6 +1,7 @@
 """What travels to a cluster and back, by a real bucket. Nodes compute in this process; test_ray.py has real ones."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_a_stage_comes_back_as_it_is_made_here(stage: str, deployment: Deploymen
     assert (device, processes) == ("cpu", 1) and Here.made
     assert digests(job.out) == before
     assert facts == (job.facts and job.facts.read_bytes())
+    made = list(Here.made)
+    objects.clear(job.out)  # as dvc does that was killed before it had recorded the output
+    cluster.run(job, deployment)
+    assert digests(job.out) == before and Here.made == made  # it was there still
+    assert not list((Path(os.environ["DOD_CACHE"]) / "parcels").glob("*/out")), "a node keeps what it delivered"
+    cluster.forget(stage, job.key, deployment)
     assert left(deployment) == []
 
 
@@ -161,9 +168,12 @@ def test_an_object_that_was_replaced_is_refused(computed: tuple[Job, Parcel], de
     job, parcel = computed
     before, data = digests(job.out), Bucket(f"{parcel.storage}/dvc")
     data.write(objects.content_of(job.out)[0].object, b"evil")
-    with pytest.raises(OSError, match="its md5 is"):
+    with pytest.raises(artifact.DamagedError, match="its md5 is"):
         cluster.run(job, deployment)
     assert digests(job.out) == before
+    data.remove([objects.content_of(job.out)[0].object])  # as the message says
+    cluster.run(job, deployment)
+    assert digests(job.out) == before and Here.made == ["whole"]
 
 
 @pytest.mark.parametrize("lacking", [artifact.MANIFEST, "extractor.safetensors"])
@@ -230,6 +240,70 @@ def test_weights_that_the_settings_name_travel(own: Project, deployment: Deploym
     there = digests(warm.out)
     assert launch.run_here(warm._replace(out=Path("train/here"))) == 0
     assert there == digests(Path("train/here")) != digests(job.out)
+
+
+def test_a_shard_that_was_replaced_is_refused_and_made_anew(deployment: Deployment):
+    job = job_of("stage1")
+    parcel = cluster.pack(job, deployment)
+    bucket = Bucket(parcel.storage)
+    cluster.send(parcel, job, bucket)
+    for index in range(parcel.shards):
+        Node(parcel).shard(index)
+    Node(parcel).finish(("cpu",), {})
+    told = bucket.read(parcel.mark(0))
+    assert told is not None
+    mark = json.loads(told[0])
+    place = next(n for n, item in enumerate(mark["objects"]) if "/out/" in item[0])
+    etag = bucket.write(mark["objects"][place][0], b"evil")
+    mark["objects"][place][1:] = [4, etag]
+    bucket.write(parcel.mark(0), json.dumps(mark).encode())
+    for state in stages.state_of("stage1", job.key).values():
+        shutil.rmtree(state, ignore_errors=True)
+    before = digests(job.out)
+    with pytest.raises(artifact.DamagedError, match="the shard is not what it says"):
+        cluster.run(job, deployment)
+    assert digests(job.out) == before
+    cluster.run(job, deployment)
+    assert digests(job.out) == before and Here.made == ["shard 0"]
+
+
+def test_a_worker_s_own_error_is_found_by_those_that_begin_again(deployment: Deployment):
+    job = job_of("train")
+    assert isinstance(job.config, TrainConfig)
+    model = job.config.model.model_copy(update={"num_classes": 4})
+    parcel = cluster.pack(job._replace(config=job.config.model_copy(update={"model": model})), deployment)
+    cluster.send(parcel, job, Bucket(parcel.storage))
+    with pytest.raises(StageError):
+        Node(parcel).train()
+    Node(parcel).train()  # as Ray Train begins all of them again: it returns, and the driver finds no result
+    assert Bucket(parcel.storage).find(parcel.result) is None
+
+
+def test_a_node_that_can_not_reach_its_state_does_not_begin_from_nothing(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+):
+    job = job_of("train")
+    parcel = cluster.pack(job, deployment)
+    cluster.send(parcel, job, Bucket(parcel.storage))
+
+    def refuse(self: Bucket, name: str) -> None:
+        raise ConnectionError(f"{name}: SlowDown")
+
+    node = Node(parcel)
+    assert node.job.out.parent == node.root  # its inputs are here
+    monkeypatch.setattr(Bucket, "read", refuse)
+    with pytest.raises(ConnectionError, match=r"index.json: SlowDown"):
+        node.train()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"key": "../x"}, {"work": "../z"}, {"inputs": {"../evil": ()}}, {"writes": ("out",)}, {"named": {"../a": ()}}],
+)
+def test_a_parcel_that_leads_elsewhere_is_refused(change: dict[str, Any], deployment: Deployment):
+    values = cluster.pack(job_of("train"), deployment).model_dump()
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Parcel.parse(values | change, place="parcel.json")
 
 
 def test_code_that_is_no_commit_s_is_not_sent(own: Project, deployment: Deployment):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dod_models.artifact import DamagedError
 from dod_pipeline import objects
 from dod_pipeline.objects import File
 from dod_pipeline.s3 import Bucket
@@ -57,7 +58,7 @@ def test_an_object_that_is_not_what_its_name_says_is_refused(bucket: Bucket, fol
     content = objects.content_of(folder)
     objects.push(bucket, folder, content)
     bucket.write(content[0].object, b"evil")  # as long as the true one
-    with pytest.raises(ConnectionError, match=f"{content[0].object}: its md5 is .* not its name"):
+    with pytest.raises(DamagedError, match=f"{content[0].object}: its md5 is .* not its name"):
         objects.pull(bucket, content, tmp_path / "target", cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("[!.]*.partial")) and not (tmp_path / "target" / "a").exists()
 
@@ -66,7 +67,7 @@ def test_an_object_that_is_gone_is_named(bucket: Bucket, folder: Path, tmp_path:
     content = objects.content_of(folder)
     objects.push(bucket, folder, content)
     bucket.remove([content[0].object])
-    with pytest.raises(ConnectionError, match=f"{content[0].object}: not there, for "):
+    with pytest.raises(DamagedError, match=f"{content[0].object}: not there, for "):
         objects.pull(bucket, content, tmp_path / "target", cache=tmp_path / "cache")
 
 

@@ -1,6 +1,7 @@
 """A parcel's job by Ray's client, here a stand-in that answers as told; test_ray.py has the real one."""
 
 import logging
+import shlex
 import signal
 import subprocess
 import sys
@@ -42,10 +43,10 @@ class Server:
         self.asked.append("list")
         self.fail()
         running = [name for name, status in self.jobs.items() if status == "RUNNING"]
-        if running:
+        if running and running[-1].startswith("dod-train-tiny-"):
             self.lives -= 1
             if self.lives < 0:
-                self.jobs[running[0]] = self.ends
+                self.jobs[running[-1]] = self.ends
         return [
             SimpleNamespace(submission_id=name, status=SimpleNamespace(value=status))
             for name, status in self.jobs.items()
@@ -121,6 +122,30 @@ def test_a_job_is_submitted_with_the_commit_s_code_and_no_secret(
     assert server.code == subprocess.run(commit, capture_output=True, check=True).stdout
     assert "a-secret" not in str(server.runtime_env)
     assert [line for line in said.messages if line in ("first", "second", "third")] == ["first", "second", "third"]
+
+
+def test_a_prefix_is_no_command(server: Server, parcel: Parcel):
+    place = "s3://data/a b;touch $(id)"
+    Submission(parcel.model_copy(update={"storage": place})).follow()
+    words = shlex.split(server.entrypoint)
+    assert words[3] == place and len(words) == 5
+
+
+def test_nodes_are_told_the_endpoint_and_the_interface(server: Server, parcel: Parcel):
+    Submission(
+        parcel.model_copy(update={"endpoint": "http://10.0.0.1:8333", "cluster": Ray(gpus=0, interface="eth1")})
+    ).follow()
+    told = server.runtime_env["env_vars"]
+    assert told["AWS_ENDPOINT_URL_S3"] == "http://10.0.0.1:8333"
+    assert told["GLOO_SOCKET_IFNAME"] == told["NCCL_SOCKET_IFNAME"] == "eth1"
+
+
+def test_an_older_job_that_still_runs_is_named(server: Server, parcel: Parcel, said: pytest.LogCaptureFixture):
+    server.jobs["dod-train-tiny-0123456789abcdef"] = "RUNNING"
+    server.jobs["dod-train-other-0123456789abcdef"] = "RUNNING"
+    Submission(parcel).follow()
+    named = [line for line in said.messages if "still runs" in line]
+    assert len(named) == 1 and "`ray job stop dod-train-tiny-0123456789abcdef`" in named[0]
 
 
 def test_a_job_that_runs_is_waited_for(server: Server, parcel: Parcel, said: pytest.LogCaptureFixture):
@@ -201,15 +226,29 @@ def test_a_refusal_is_told_at_once(server: Server, parcel: Parcel):
         Submission(patient).follow()
 
 
-def test_an_interrupt_stops_the_job(server: Server, parcel: Parcel):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_the_job(number: signal.Signals, server: Server, parcel: Parcel):
     server.lives = 10**6
-    found = Submission(parcel)
-    timer = threading.Timer(0.5, lambda: signal.raise_signal(signal.SIGINT))
+    found, before = Submission(parcel), signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(0.5, lambda: signal.pthread_kill(threading.main_thread().ident or 0, number))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         found.follow()
     timer.join()
     assert server.asked.count("stop") == 1 and server.jobs[parcel.id] == "STOPPED"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_interrupt_while_the_job_is_submitted_stops_it(server: Server, parcel: Parcel):
+    def interrupt() -> None:
+        if server.asked[-1] == "submit":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(0.5)
+
+    server.fail = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        Submission(parcel).follow()
+    assert server.jobs[parcel.id] == "STOPPED"
 
 
 def test_without_ray_the_remedy_is_named(parcel: Parcel, monkeypatch: pytest.MonkeyPatch):
