@@ -188,7 +188,7 @@ def gather(parcel: Parcel, job: Job, bucket: Bucket) -> None:
         pass
     shards = Shards(folder)
     for index, mark in enumerate(found):
-        names = [Path(item.name).name for item in mark.objects if "/out/" in item.name]
+        names = [Path(item.name).stem for item in mark.objects if "/done/" in item.name]
         if not names or not all(shards.has(name) for name in names):
             bucket.remove([parcel.mark(index)])
             raise artifact.DamagedError(

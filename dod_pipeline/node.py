@@ -22,8 +22,6 @@ from dod_pipeline.parcel import Mark, Parcel, Result
 from dod_pipeline.s3 import Bucket
 from dod_pipeline.stages import Job
 
-SHARD_FOLDERS = ("out", "done")  # of a work folder, as dod_models.shards has them
-
 
 class StageError(Exception):
     """The stage has said why on stderr; another machine would say the same."""
@@ -68,7 +66,8 @@ class Node:
         with process(index, self.parcel.shards):
             self.compute(job)
         work = state / self.parcel.work
-        found = sorted(p for folder in SHARD_FOLDERS for p in (work / folder).glob("[!.]*"))
+        notes = sorted((work / "done").glob("[!.]*.json"))
+        found = [path for note in notes for path in (work / "out" / note.stem, note)]
         if not found:
             raise StageError(
                 f"{self.parcel.id}: no {work.name} in {state}: torch or the code here is not the sender's; "

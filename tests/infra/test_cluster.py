@@ -122,7 +122,17 @@ def test_pods_run_without_root_or_privileges():
                 "allowPrivilegeEscalation": False,
                 "capabilities": {"drop": ["ALL"]},
             }
-            assert not any("valueFrom" in variable for variable in container.get("env", []))
+            secrets = [variable for variable in container.get("env", []) if "valueFrom" in variable]
+            if container["name"] != "dagster":
+                assert secrets == []
+            else:  # whose commands give Ray work: KubeRay hands its token to Ray's own containers alone
+                token = {"secretKeyRef": {"name": filled("kuberay.yaml")["metadata"]["name"], "key": "auth_token"}}
+                assert secrets == [{"name": "RAY_AUTH_TOKEN", "valueFrom": token}]
+
+
+def test_containers_of_the_cluster_know_their_region_and_ask_for_a_token(ray: dict[str, Any]):
+    options = " ".join(ray["docker"]["run_options"])
+    assert "--env AWS_DEFAULT_REGION=dod_region" in options and "--env RAY_AUTH_MODE=token" in options
 
 
 def test_kubernetes_workers_start_from_zero():

@@ -201,6 +201,7 @@ def test_an_output_of_other_settings_is_refused(computed: tuple[Job, Parcel], de
     Bucket(parcel.storage).write(theirs.result, told[0])
     with pytest.raises(artifact.DamagedError, match="is of another parcel"):
         cluster.run(other, deployment)
+    Bucket(parcel.storage).write(theirs.result, told[0])
     restate(theirs, lambda stated: stated.update(parcel=theirs.digest))
     with pytest.raises(artifact.DamagedError, match="not what its manifest says"):
         cluster.run(other, deployment)
