@@ -63,7 +63,7 @@ class Node:
         print(f"{self.parcel.stage}: making shard {index}", flush=True)
         state = self.root / "shards" / str(index)
         job = self.job._replace(inputs=self.job.inputs | {"state": state})
-        with process(index, self.parcel.shards):
+        with process(index, max(2, self.parcel.shards)):  # a process on its own would put the shards together, too
             self.compute(job)
         work = state / self.parcel.work
         notes = sorted((work / "done").glob("[!.]*.json"))
