@@ -5,6 +5,7 @@ thread everywhere, for sums depend on their number; one worker trains. Two clone
 second call has nothing to do. Writes Markdown to stdout. Wants root, for the namespaces.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -17,11 +18,14 @@ import yaml
 from benchmarks import clone
 from dod_pipeline import costs, stages
 from dod_pipeline.config import load_params
-from tests.pipeline.bucket import BUCKET, serve
-from tests.pipeline.network import HUB, lacks, network
-from tests.pipeline.ray_nodes import Cluster
 
 EXPERIMENT = "mnist"
+
+# The tests' servers and hosts, under the name that pytest gives them: another package `tests` may be installed.
+sys.path.append(str(clone.ROOT / "tests"))
+bucket, network, ray_nodes = (
+    importlib.import_module(f"pipeline.{name}") for name in ("bucket", "network", "ray_nodes")
+)
 
 
 def repository(name: str, deployment: dict[str, Any]) -> Path:
@@ -68,20 +72,20 @@ def compared(here: Path, there: Path) -> list[str]:
 
 def main() -> int:
     """Run both, print both; exit status 1 where they differ."""
-    if (why := lacks()) is not None:
+    if (why := network.lacks()) is not None:
         sys.exit(f"demo-ray: {why}")
     here = repository("demo-here", {})
     run(here, {})
-    with tempfile.TemporaryDirectory() as folder, network() as net:
+    with tempfile.TemporaryDirectory() as folder, network.network() as net:
         store, nodes = clone.ROOT / ".state" / "demo-s3", Path(folder, "nodes")
         store.mkdir(parents=True, exist_ok=True)
         nodes.mkdir()
-        with serve(store, address=HUB) as s3:
-            found = Cluster(net, nodes, s3)
+        with bucket.serve(store, address=network.HUB) as s3:
+            found = ray_nodes.Cluster(net, nodes, s3)
             found.add_node()
             found.add_node()
             ray = {"address": found.address, "gpus": 0, "cpus": 1}
-            storage = {"url": f"s3://{BUCKET}/demo", "endpoint": s3.endpoint}
+            storage = {"url": f"s3://{bucket.BUCKET}/demo", "endpoint": s3.endpoint}
             there = repository("demo-there", {"compute": "ray", "ray": ray, "storage": storage})
             run(there, s3.environment() | found.environment)
             found.end()
