@@ -160,12 +160,23 @@ def put_in_place(partial: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_manifest(folder: Path, *, schema: str) -> dict[str, Any]:
-    """The manifest's dictionary; DamagedError if it is missing or of another schema."""
+def digest_of(folder: Path) -> str:
+    """sha256 of a finished folder's manifest, and so of all that is in it; DamagedError if the folder isn't one."""
+    check_finished(folder)
+    return sha256_file(folder / MANIFEST)
+
+
+def check_finished(folder: Path) -> None:
+    """DamagedError if a folder has no manifest."""
     if not (folder / MANIFEST).is_file():
         raise DamagedError(
             f"{folder}: no {MANIFEST}, so this is not a finished output; run its stage again or `dvc pull`"
         )
+
+
+def read_manifest(folder: Path, *, schema: str) -> dict[str, Any]:
+    """The manifest's dictionary; DamagedError if it is missing or of another schema."""
+    check_finished(folder)
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     if manifest.get("schema") != schema:
         raise DamagedError(f"{folder}: schema is {manifest.get('schema')!r}, expected {schema!r}; run its stage again")

@@ -110,7 +110,7 @@ def encode(work: Work, codec: Codec, process: Process, *, size: int) -> None:
 
 def shards_of(config: EncodeConfig, *, dataset: Path, codec: Path, state: Path) -> tuple[Path, int]:
     """Where the shards of this stage lie, keyed by config, codec and data set, and how many there are."""
-    inputs = [artifact.sha256_file(folder / artifact.MANIFEST) for folder in (dataset, codec)]
+    inputs = [artifact.digest_of(folder) for folder in (dataset, codec)]
     key = hashlib.sha256("/".join([config.digest, *inputs]).encode()).hexdigest()[:32]
     count: int = artifact.read_manifest(dataset, schema=DATASET_SCHEMA)["about"]["train"]
     return state / key, -(-count // config.shard_size)

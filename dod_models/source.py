@@ -32,6 +32,6 @@ def code(module: str) -> dict[str, str]:
 
 def key(module: str, config: str, inputs: Iterable[Path]) -> str:
     """Name of a module's work with this configuration on these finished folders: other code has another."""
-    manifests = [artifact.sha256_file(folder / artifact.MANIFEST) for folder in inputs]
+    manifests = [artifact.digest_of(folder) for folder in inputs]
     digests = [digest for _, digest in sorted(code(module).items())]
     return hashlib.sha256("/".join([config, torch.__version__, *digests, *manifests]).encode()).hexdigest()[:32]

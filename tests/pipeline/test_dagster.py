@@ -77,10 +77,8 @@ def test_after_dod_run_nothing_is_stale_and_versions_are_those_of_dvc_lock(share
         for name, entry in shared.lock().items():
             stage, key = name.split("@")
             tags = materialization(instance, stage, key).tags or {}
-            out, versions = (
-                stages.paths(load_params(), stage, key)[1],
-                {out["path"]: out["md5"] for out in entry["outs"]},
-            )
+            out = str(stages.paths(load_params(), stage, key)[1])
+            versions = {out["path"]: out["md5"] for out in entry["outs"]}
             both = ("metrics/tiny/tiny-6.sweep.json", "samples/tiny/tiny-6/sweep.png")  # no one output stands for them
             version = together([versions[name] for name in both]) if stage == "sweeps" else versions[out]
             assert tags["dagster/data_version"] == version
