@@ -125,7 +125,8 @@ def jobs(cluster: Cluster) -> dict[str, str]:
         text=True,
         check=True,
     )
-    return {job["submission_id"]: job["status"] for job in json.loads(listed.stdout) if job["submission_id"]}
+    found = json.loads(listed.stdout) if listed.stdout.startswith("[") else []  # it says in words that there are none
+    return {job["submission_id"]: job["status"] for job in found if job["submission_id"]}
 
 
 def job_of(cluster: Cluster, stage: str, known: set[str]) -> str:
