@@ -19,7 +19,7 @@ def generate(checkpoint: str, *, shape: dict[str, Any], seed: int, out: Path) ->
         job = stages.resolve(params, name, checkpoint)
         batch = min(len(shape["classes"]) * shape["per_class"], job.config.model_dump()["batch_size"])
         settings[name] = job.config.model_dump() | {"seed": seed, "batch_size": batch}
-    return compute("generate", {**shape, **settings}, out, inputs)
+    return compute("generate", {**shape, **settings}, out, {name: inputs[name] for name in ("checkpoint", "codec")})
 
 
 def export(checkpoint: str, *, stage: int, out: Path) -> int:

@@ -11,6 +11,7 @@ import pytest
 from dod_models import artifact, source
 from dod_pipeline import cli, gate, history, ledger, trials
 from dod_pipeline.config import Params
+from dod_pipeline.deployment import Deployment
 from dod_pipeline.gate import Calibration, Verdict
 
 from . import project as tiny
@@ -52,7 +53,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, 
         files = {f"ema-{decay}.safetensors": {"sha256": f"{decay} of {folder}"} for decay in (0.9, 0.95)}
         return {"files": files, "about": about}, f"sha {folder}"
 
-    def scores(one: trials.Subject, block: int, *, seeds: dict[str, int]) -> dict[str, dict[str, float]]:
+    def scores(
+        one: trials.Subject, block: int, *, seeds: dict[str, int], deployment: Deployment
+    ) -> dict[str, dict[str, float]]:
         state["drawn"].append((one.key, block, seeds["stage2"]))
         own = OWN[block] * (one.key != "tiny-6")
         return {"stage1": {"fid": 99.0}, "stage2": {"fid": state["fids"][one.key] + NOISE[block] + own}}
