@@ -109,7 +109,7 @@ class Command:
             return "dvc status"
         return ("dagster" if self.stages else "dagster's start") if "dvc status" in self.seen else "start"
 
-    def reach(self, phase: str, *, stages: int = 0, seconds: float = 120) -> bool:
+    def reach(self, phase: str, *, stages: int = 0, seconds: float = 240) -> bool:
         """Wait until that phase, after so many stages have begun; False if the command ends before."""
         found = ""
 

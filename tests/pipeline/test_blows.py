@@ -18,7 +18,7 @@ LATE = ("train@tiny", "stage1@tiny-6", "stage2@tiny-6", "metrics@tiny-6")
 EARLY = ("dataset@tiny", "reference@tiny", "codec@tiny", "latents@tiny")
 DEATH = 3.0  # seconds that what a killed process started may live on
 BLOWS = 10  # in each chain
-LONGEST = 120.0  # seconds of a `dod run` on a busy machine
+LONGEST = 240.0  # seconds of a `dod run` on a busy machine
 # (phase, seconds that it lasts about): where blows fall
 PHASES = (
     ("start", 2.0),
