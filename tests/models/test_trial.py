@@ -24,9 +24,10 @@ def test_a_block_is_what_the_stages_give_under_its_seed(pipeline, tmp_path):
     found = trial(pipeline, tmp_path / "trial.json", block=3, seed=5)
     seeded = {"seed": block_seed(5, 3), "num_samples": 72}
     facts, model = tmp_path / "facts.json", {"checkpoint": pipeline.checkpoint, "codec": pipeline.root / "codec"}
-    tiny.stage("stage1", tiny.SAMPLING | seeded, tmp_path / "stage1", facts, **model)
+    first, second = ({"state": tmp_path / "state" / name} for name in ("stage1", "stage2"))
+    tiny.stage("stage1", tiny.SAMPLING | seeded, tmp_path / "stage1", facts, **model, **first)
     previous = {"previous": tmp_path / "stage1"}
-    tiny.stage("stage2", tiny.GUIDED | seeded, tmp_path / "stage2", facts, **model, **previous)
+    tiny.stage("stage2", tiny.GUIDED | seeded, tmp_path / "stage2", facts, **model, **previous, **second)
     evaluator, codec = Evaluator.load(pipeline.root / "reference"), Codec.load(pipeline.root / "codec")
     for name in ("stage1", "stage2"):
         latents = Samples.load(tmp_path / name).latents

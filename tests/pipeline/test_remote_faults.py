@@ -97,7 +97,7 @@ def test_a_push_through_a_fault_recovers_or_fails_clearly_and_the_next_one_compl
     said = project.run("dvc", "push", status=1, AWS_MAX_ATTEMPTS="1").stderr  # of botocore; there are s3fs's, too
     assert "ERROR: failed to push data to the cloud" in said and SECRET not in said
     fired = proxy.fired[kind]
-    assert fired > 3 and whole(second) == 0
+    assert fired > 0 and whole(second) == 0
     proxy.heal()
     project.dvc("push")
     assert whole(second) == NUMBER + 1
