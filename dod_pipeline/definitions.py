@@ -98,7 +98,7 @@ def keep(params: Params) -> Keep:
     """What a run's end keeps elsewhere, as params.yaml's `deployment` says."""
     storage, versioning = params.deployment.storage, params.deployment.versioning
     commit = COMMITTED if versioning.git_commit else ()
-    return Keep(storage.push, storage.timeout, commit=commit, remote=remote.of(storage))
+    return Keep(storage.push, storage.push_of, storage.timeout, remote.of(storage), commit)
 
 
 def selected(pipeline: Pipeline, params: Params, experiment: str, wanted: Sequence[str]) -> dg.AssetSelection:

@@ -15,6 +15,8 @@ from pydantic import (
 
 from dod_models.config import S3, Frozen, place_of_copy
 
+Push = Literal["each", "end", "never"]
+
 
 class Storage(Frozen):
     """The place in S3 of everything that is kept, and when DVC pushes what was computed: after each stage, at a run's
@@ -22,7 +24,8 @@ class Storage(Frozen):
 
     url: str | None = None  # s3://BUCKET/PREFIX; None: what is kept stays in this folder and on DVC's own remote
     endpoint: str | None = None  # http(s)://HOST:PORT of an S3 server that isn't AWS's
-    push: Literal["each", "end", "never"] = "never"  # `each` where a URL is given
+    push: Push = "never"  # `each` where a URL is given
+    push_of: dict[str, Push] = Field(default_factory=dict)  # of a stage, or of STAGE@KEY, instead: {latents: never}
     timeout: PositiveFloat = 600  # seconds that one `dvc push` or `dvc pull` may take
 
     @model_validator(mode="before")

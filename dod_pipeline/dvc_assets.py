@@ -40,8 +40,9 @@ remedy: settings in Python files, dependencies and outputs that are URLs. Other 
 files, are no assets: what they make is a source.
 
 **What is kept elsewhere.** With `Keep(push="each")` each stage that was made is pushed to DVC's default remote, with
-`Keep(push="end")` all of a run at its end, in one call and a bounded time; with `Keep(commit=("dvc.lock", ...))` a run
-ends in a commit of those paths. What fails is a warning, undoes nothing, and is repeated the next time.
+`Keep(push="end")` all of a run at its end, in one call and a bounded time; `push_of={"raw": "never", "train@large":
+"each"}` says it of a stage or an instance. With `Keep(commit=("dvc.lock", ...))` a run ends in a commit of those paths.
+What fails is a warning, undoes nothing, and is repeated the next time.
 
 **Locks.** Any number of runs may share a repository: stages run side by side where DVC's locks allow it, and who finds
 one taken is tried again. The stage's process gets Dagster Pipes' variables: it can report while it runs, and need not.
@@ -116,6 +117,7 @@ class Pipeline:
     ) -> None:
         self.graph = graph
         self.keep = keep
+        keep.check(graph.instances.values())
         self.run_tags = run_tags
         self.pools = pools  # not for a run that has the folder alone: who holds a slot may wait for the folder
         self.code = {name: graph.code(instance) for name, instance in graph.instances.items()}
@@ -165,7 +167,7 @@ class Pipeline:
                 raise dg.RetryRequested(max_retries=retries, seconds_to_wait=pause) from error
             except OSError as error:
                 raise dg.Failure(description=str(error), allow_retries=False) from None
-            self.warn(context, dvc_keep.after_stage(self.keep, instance.name, known=self.keys, root=self.graph.root))
+            self.warn(context, dvc_keep.after_stage(self.keep, instance, known=self.keys, root=self.graph.root))
             context.instance.add_run_tags(context.run.run_id, dict(self.extras[instance.name].run_tags(began)))
             return dg.MaterializeResult(
                 asset_key=self.keys[instance.name],
@@ -207,7 +209,7 @@ class Pipeline:
     @cached_property
     def jobs(self) -> list[dg.JobDefinition]:
         """The one that keeps what was made, where that is wanted."""
-        wanted = self.keep.commit or self.keep.push != "never"
+        wanted = self.keep.commit or self.keep.pushes
         return [dvc_keep.job(self.keep, known=self.keys, root=self.graph.root)] if wanted else []
 
     def sensors(self) -> list[dg.SensorDefinition]:

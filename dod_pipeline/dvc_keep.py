@@ -4,36 +4,58 @@ Neither undoes a run: what can't be kept now is said, and kept the next time. Ru
 followed by a run of the job `dvc_keep`, for a push may take longer than a sensor has.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import dagster as dg
 
 from dod_pipeline import dvc_git, dvc_transfer
+from dod_pipeline.dvc_graph import Instance
 
 KEPT = "dvc/kept"  # tag of runs whose end their own process sees to
 NAME = "dvc_keep"
 
 
+Push = Literal["each", "end", "never"]  # after each stage, or at a run's end
+
+
 class Keep(NamedTuple):
     """What is kept, and when."""
 
-    push: Literal["each", "end", "never"] = "never"  # after each stage, or at a run's end
+    push: Push = "never"
+    push_of: Mapping[str, Push] = MappingProxyType({})  # of some stages, or stage instances, instead
     timeout: float = 600.0  # seconds for one transfer
     remote: dvc_transfer.Remote | None = None  # where to; None: DVC's own default
     commit: tuple[str, ...] = ()  # files and folders that a run's end commits, dvc.lock first; none: no commit
+
+    @property
+    def pushes(self) -> bool:
+        """Whether anything is pushed."""
+        return {self.push, *self.push_of.values()} != {"never"}
+
+    def when(self, instance: Instance) -> Push:
+        """When the outputs of a stage instance are pushed."""
+        return self.push_of.get(instance.name, self.push_of.get(instance.stage, self.push))
+
+    def check(self, instances: Collection[Instance]) -> None:
+        """ValueError where `push_of` names what is not there."""
+        known = {name for one in instances for name in (one.name, one.stage)}
+        for name in self.push_of.keys() - known:
+            raise ValueError(f"push_of: dvc.yaml has no stage {name!r}; it has {', '.join(sorted(known))}")
 
 
 NOTHING = Keep()
 
 
-def after_stage(keep: Keep, name: str, *, known: Collection[str], root: Path) -> Iterator[str]:
+def after_stage(keep: Keep, instance: Instance, *, known: Collection[str], root: Path) -> Iterator[str]:
     """Push what was made, or note it for the run's end; yields what went wrong."""
-    if keep.push == "never":
+    when = keep.when(instance)
+    if when == "never":
         return
-    dvc_transfer.owe([name], root=root)
-    if keep.push == "each":
+    dvc_transfer.owe([instance.name], root=root)
+    if when == "each":
         yield from pushed(keep, known, root)
 
 
@@ -44,7 +66,7 @@ def after_run(keep: Keep, run_id: str, *, known: Collection[str], root: Path) ->
             dvc_git.commit(keep.commit, f"Results of run {run_id}", root=root)
         except OSError as error:
             yield str(error)
-    if keep.push != "never":
+    if keep.pushes:
         yield from pushed(keep, known, root)
 
 

@@ -236,8 +236,9 @@ def test_the_deployment_changes_no_digest(values: dict[str, Any]):
     values["deployment"] = {"storage": {"push": "each"}, "versioning": {"git_commit": True}}
     params = Params.parse(values, place="")
     assert {s: stages.resolve(params, s, "tiny").config.digest for s in before} == before
-    values["deployment"]["storage"]["push"] = "often"
-    assert "params.yaml: deployment.storage.push: " in complaint(values)
+    for name, value in {"push": "often", "push_of": {"latents": "often"}}.items():
+        values["deployment"]["storage"] = {name: value}
+        assert f"params.yaml: deployment.storage.{name}" in complaint(values)
 
 
 def test_a_place_in_s3_stands_alone_or_with_what_belongs_to_it(values: dict[str, Any]):

@@ -86,6 +86,20 @@ def test_a_stage_is_pushed_when_it_is_made_or_at_the_end_in_one_call(project: Pr
     assert on_remote(project) == 4 and dvc_transfer.owed(project.root) == {}  # their content is equal
 
 
+def test_a_stage_or_an_instance_has_a_time_of_its_own(project: Project):
+    keep = Keep(push="each", push_of={"one": "never", "two": "end", "two@y": "each"})
+    assert materialize(project, keep, "one", "two@x")[0] == []
+    assert on_remote(project) == 0 and set(dvc_transfer.owed(project.root)) == {"two@x"}
+    assert materialize(project, keep, "two@y")[0] == []  # with what was owed, in one call; their content is equal
+    assert on_remote(project) == 1 and dvc_transfer.owed(project.root) == {}
+    late = Keep(push_of={"one": "end"})
+    assert materialize(project, late, "one", "two@x")[0] == [] and Pipeline(Graph(project.root), keep=late).jobs
+    assert list(dvc_keep.after_run(late, "r", known=["one", "two@x", "two@y"], root=project.root)) == []
+    assert on_remote(project) == 4
+    with pytest.raises(ValueError, match=r"push_of: dvc.yaml has no stage 'ninth'; it has five, four, one, "):
+        Pipeline(Graph(project.root), keep=Keep(push_of={"ninth": "end"}))
+
+
 def test_without_the_wish_nothing_is_pushed(project: Project):
     assert materialize(project, Keep(), "one")[0] == []
     assert on_remote(project) == 0 and dvc_transfer.owed(project.root) == {}
