@@ -102,6 +102,8 @@ def test_two_runs_at_once_take_turns_and_equal_the_first_to_the_bit(built: Proje
     assert [run.returncode for run in runs] == [0, 0], printed
     waited = [out for out, _ in printed if out.startswith("another dod is running stages in")]
     assert len(waited) == 1 and "Nothing to do" in waited[0]
+    for name in tiny.STAGES:
+        assert sum(text.count(f"Running stage '{name}'") for out in printed for text in out) == 1
     found = project.outs()
     assert found.pop("report/tiny.html") is not None  # shows seconds, the one thing that differs
     assert found == {path: md5 for path, md5 in built.outs().items() if path in found}

@@ -113,19 +113,6 @@ def test_no_worker_of_a_training_outlives_a_killed_run(own: Project, built: Proj
 
 
 @pytest.mark.timeout(600)
-def test_two_runs_at_once_make_each_stage_once(own: Project, built: Project, home: Path):
-    forget(own, LATE[2:])
-    commands = [Command(own, "dod", "run", "tiny") for _ in range(2)]
-    assert [command.end(LONGEST) for command in commands] == [0, 0]
-    texts = [command.text for command in commands]
-    assert sum(f"another dod is running stages in {own.root}; waiting for it" in text for text in texts) == 1
-    for name in LATE[2:]:
-        assert sum(text.count(f"Running stage '{name}'") for text in texts) == 1
-    assert sum("Nothing to do: all 10 stages of tiny are up to date." in text for text in texts) == 1
-    assert_recovers(own, built)
-
-
-@pytest.mark.timeout(600)
 def test_a_run_beside_a_bare_dvc_repro_ends_well(own: Project, built: Project, home: Path):
     forget(own, LATE[2:])
     bare = Command(own, "dvc", "repro", "metrics@tiny-6")
