@@ -15,13 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from dod_models.blocks import BackboneBlock, VitBlock
 from dod_models.config import Frozen
+from dod_models.ema import is_sharded, joined
 
 
 class Compute(Frozen):
@@ -53,6 +51,9 @@ def prepare(model: nn.Module, compute: Compute, accelerator: Accelerator) -> nn.
         prepared: nn.Module = accelerator.prepare_model(model)
         return prepared
     # torch's own: accelerate's plugin for it knows no processes on a CPU, where tests run
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh)
@@ -62,8 +63,9 @@ def prepare(model: nn.Module, compute: Compute, accelerator: Accelerator) -> nn.
 @contextmanager
 def synchronizing(model: nn.Module, accelerator: Accelerator, last: bool) -> Iterator[None]:
     """Forward and backward of a micro-batch: processes exchange gradients on a step's last one alone."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+    tell = getattr(model, "set_requires_gradient_sync", None)  # under FSDP
+    if tell is not None:
+        tell(last)
         yield
     elif last:
         yield
@@ -77,7 +79,7 @@ def whole(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Copies in the host's memory, shards joined, which takes all processes; empty for those that don't `keep` them."""
     found = {}
     for name, tensor in tensors.items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = joined(tensor)
         if keep:
             found[name] = full.detach().cpu().contiguous()
     return found
@@ -87,13 +89,16 @@ def whole(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 def receive(target: Tensor, value: Tensor | None) -> None:
     """Copy `value`, which the first process gives, into `target` on every process, or into its shards."""
     full = target
-    if isinstance(target, DTensor):
+    if is_sharded(target):
         full = torch.empty(target.shape, dtype=target.dtype, device=target.device)
     if value is not None:
         full.copy_(value)
     if dist.is_initialized():
         dist.broadcast(full, 0)
-    if isinstance(target, DTensor):
+    if is_sharded(target):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
         target.copy_(distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None))
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 class Ema:
@@ -25,6 +24,20 @@ class Ema:
         torch._foreach_lerp_(local(self.weights.values()), local(model.parameters()), 1 - decay)
 
 
+# A sharded tensor, a DTensor, is told by its methods: to import that class takes a second.
+
+
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This process's shards, or the whole tensors where they are not sharded."""
-    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+    return [getattr(tensor, "to_local", tensor.detach)() for tensor in tensors]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process has a part of the tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def joined(tensor: Tensor) -> Tensor:
+    """The whole tensor, which takes all processes where it is sharded."""
+    found: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()
+    return found

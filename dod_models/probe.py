@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from numpy.lib.format import open_memmap
 from pydantic import Field, PositiveFloat, PositiveInt
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from dod_models import draws
@@ -81,6 +79,9 @@ def top1(config: ProbeConfig, train: Features, test: Features, *, num_classes: i
 
 def exact(train: Features, test: Features) -> float:
     """By logistic regression with scikit-learn's default penalty, all features in memory."""
+    from sklearn.linear_model import LogisticRegression  # late, as below: two seconds of every sweep
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(train.rows)
     fitted = LogisticRegression(max_iter=2000).fit(scaler.transform(train.rows), train.labels)
     return float(fitted.score(scaler.transform(test.rows), test.labels))
@@ -88,6 +89,8 @@ def exact(train: Features, test: Features) -> float:
 
 def minibatch(config: ProbeConfig, train: Features, test: Features, *, num_classes: int, title: str) -> float:
     """By Adam on minibatches, which alone are read into memory; from zero weights, for the loss is convex."""
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler()
     for start in range(0, len(train.rows), BLOCK):
         scaler.partial_fit(train.rows[start : start + BLOCK])

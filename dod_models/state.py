@@ -7,14 +7,13 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dod_models import draws
 from dod_models.checkpoint import check_tensors, load_weights
 from dod_models.compute import Compute, prepare, receive, whole
 from dod_models.config import Frozen, local_file
-from dod_models.ema import Ema
+from dod_models.ema import Ema, joined
 from dod_models.model import DoD, ModelConfig
 
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -105,7 +104,7 @@ class TrainState:
         for average in self.averages:
             average.update(self.raw, self.step)
         self.step += 1
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return joined(norm)
 
     def live(self) -> dict[str, Tensor]:
         """Everything that training changes, by name; under FSDP this process's shards."""

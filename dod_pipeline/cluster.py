@@ -15,8 +15,6 @@ from pathlib import Path
 from dod_models import artifact, cli
 from dod_models.config import S3
 from dod_models.images import in_order
-from dod_models.shards import Shards
-from dod_models.sweeps import TOOK
 from dod_pipeline import ledger, objects, stages
 from dod_pipeline.deployment import Deployment
 from dod_pipeline.objects import Content, File
@@ -164,6 +162,8 @@ def take(parcel: Parcel, result: Result, job: Job, bucket: Bucket) -> None:
         return
     places = {"took": None, "facts": job.facts, "picture": job.inputs.get("picture"), "out": job.out}
     if "took" in result.files:
+        from dod_models.sweeps import TOOK  # late, as below: this imports torch
+
         places["took"] = job.inputs["state"] / TOOK
     data = Bucket(f"{parcel.storage}/{objects.FOLDER}")
     for name, path in places.items():
@@ -173,6 +173,8 @@ def take(parcel: Parcel, result: Result, job: Job, bucket: Bucket) -> None:
 
 def gather(parcel: Parcel, job: Job, bucket: Bucket) -> None:
     """Fetch the shards to where the stage looks for them; it checks each against its note."""
+    from dod_models.shards import Shards
+
     folder = job.inputs["state"] / parcel.work
     found = [Mark.parse(json.loads(told[0]), place=name) for name, told in marks(parcel, bucket)]
     wanted = [item for mark in found for item in mark.objects]

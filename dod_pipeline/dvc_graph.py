@@ -92,6 +92,12 @@ class Graph:
                 reached.add(name)
         return [name for name in self.instances if name in reached]
 
+    def ends(self, names: Iterable[str]) -> list[str]:
+        """Those of the instances from which none of the others is made."""
+        inside = set(names)
+        before = set[str]().union(*(self.upstream[name] for name in inside))
+        return [name for name in self.instances if name in inside - before]
+
     def recorded(self) -> dict[str, str]:
         """md5s of outputs in dvc.lock, by instance; a ValueError names the line where git left a conflict."""
         path = self.root / DVC_LOCK

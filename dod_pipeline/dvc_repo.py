@@ -83,9 +83,11 @@ def address(stage: str, key: str) -> str:
 
 
 def status(targets: list[str], *, root: Path = Path(), patient: bool = False) -> dict[str, Any]:
-    """What changed, by stage instance; empty where there is nothing to do. ValueError where git left a conflict."""
+    """What changed of these stage instances and of what they are made from, or of all, by instance; empty where there
+    is nothing to do. ValueError where git left a conflict."""
     check_conflict(root / DVC_LOCK)
-    changed: dict[str, Any] = json.loads(text("status", "--json", *targets, root=root, patient=patient))
+    upstream = ["--with-deps"] if targets else []
+    changed: dict[str, Any] = json.loads(text("status", "--json", *upstream, *targets, root=root, patient=patient))
     return changed
 
 

@@ -130,6 +130,8 @@ def has_gpus() -> bool:
 
 def device_name() -> str:
     """The GPU that torch would use, or "cpu"."""
+    if "torch" not in sys.modules:  # whoever computed without it used no GPU, and it takes a second or two to import
+        return "cpu"
     import torch
 
     return str(torch.cuda.get_device_name()) if has_gpus() else "cpu"

@@ -109,7 +109,9 @@ def run(params: Params, experiments: Sequence[str], until: str) -> list[tuple[st
     names, root, run_id = [dvc_repo.address(stage, key) for stage, key in jobs], Path(), str(uuid.uuid4())
     with kept(params, run_id, root), dvc_repo.alone(root):
         remote.use(params.deployment.storage, root)
-        changed = dvc_repo.status(names, root=root, patient=True)
+        ends = Graph(root).ends(names)  # dvc reads its files anew for each target
+        status = dvc_repo.status(ends, root=root, patient=True)
+        changed = {name: status[name] for name in names if name in status}
         if changed:  # an error in a late stage's settings shows before hours of training, not after
             for stage, key in jobs:
                 stages.resolve(params, stage, key)
