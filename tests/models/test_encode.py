@@ -1,8 +1,4 @@
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -96,29 +92,10 @@ def test_the_number_of_processes_changes_no_byte(pipeline, undisturbed, tmp_path
     assert (tiny.digests(tmp_path / "latents"), facts) == undisturbed
 
 
-# `python -m dod_models.cli` in a process that kills itself with SIGKILL when it comes to rename a certain file.
-DRIVER = """
-import os, signal, sys
-name, *arguments = sys.argv[1:]
-def die(event, details):
-    if event == "os.rename" and str(details[0]).endswith(name):
-        os.kill(os.getpid(), signal.SIGKILL)
-from dod_models import cli
-sys.addaudithook(die)
-sys.exit(cli.main(arguments))
-"""
-
-
 def test_a_killed_run_goes_on_with_the_shards_that_lack(pipeline, undisturbed, tmp_path, caplog):
     moment = "/done/.shard-00005.npy.json.partial"  # the shard is in place, but no note says that it is whole
     paths = {"dataset": pipeline.dataset, "codec": pipeline.codec, "state": tmp_path / "state"}
-    words = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
-    command = ["latents", "--config", SETTINGS.canonical(), "--out", str(tmp_path / "latents"), *words]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, moment, *command], env=os.environ | {"OMP_NUM_THREADS": "2"}, check=False
-    )
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "latents").exists()
+    tiny.kill(moment, "latents", SETTINGS, tmp_path / "latents", threads=2, **paths)
     assert build(pipeline, tmp_path) == undisturbed[1]
     assert "latents: going on from 35 of 90 images" in caplog.text  # shards 0 to 4
     assert tiny.digests(tmp_path / "latents") == undisturbed[0]

@@ -1,8 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -191,31 +186,13 @@ def test_the_shards_are_told_before_they_are_made(given, undisturbed, tmp_path):
     assert len(list(folder.glob("out/samples-*.safetensors"))) == count == len(STARTS)
 
 
-# `python -m dod_models.cli` in a process that kills itself with SIGKILL when it comes to rename a certain file.
-DRIVER = """
-import os, signal, sys
-name, *arguments = sys.argv[1:]
-def die(event, details):
-    if event == "os.rename" and str(details[0]).endswith(name):
-        os.kill(os.getpid(), signal.SIGKILL)
-from dod_models import cli
-sys.addaudithook(die)
-sys.exit(cli.main(arguments))
-"""
 # The third shard is in place, but no note says that it is whole; or all are, and the output is about to be renamed.
 MOMENTS = {"/done/.samples-00000032.safetensors.json.partial": STARTS[2:], "/.stage2.partial": []}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_goes_on_with_the_shards_that_lack(given, undisturbed, made, tmp_path, caplog, moment):
-    paths = given | {"state": tmp_path / "state"}
-    words = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
-    command = ["stage2", "--config", SETTINGS.canonical(), "--out", str(tmp_path / "stage2"), *words]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, moment, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "stage2").exists()
+    tiny.kill(moment, "stage2", SETTINGS, tmp_path / "stage2", **given, state=tmp_path / "state")
     assert build(given, tmp_path) == undisturbed[1]
     assert made == list(MOMENTS[moment])
     assert ("stage 2: going on from 32 of 70 samples" in caplog.text) == bool(made)

@@ -1,9 +1,5 @@
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,6 +14,8 @@ from dod_models.features import FeatureSet
 from dod_models.model import ModelConfig
 from dod_models.sample import Samples
 from dod_models.score import ScoreConfig, build_metrics, shards_of
+
+from . import tiny
 
 INPUTS = ("checkpoint", "reference", "codec", "stage1", "stage2")
 
@@ -131,30 +129,12 @@ def test_the_size_of_a_shard_changes_nothing(pipeline, undisturbed, small_batche
         assert found[stage] == pytest.approx(row, rel=1e-12)
 
 
-# `python -m dod_models.cli` in a process that kills itself with SIGKILL when it comes to rename a certain file.
-DRIVER = """
-import os, signal, sys
-name, *arguments = sys.argv[1:]
-def die(event, details):
-    if event == "os.rename" and str(details[0]).endswith(name):
-        os.kill(os.getpid(), signal.SIGKILL)
-from dod_models import cli, codec
-codec.BATCH = 7
-sys.addaudithook(die)
-sys.exit(cli.main(arguments))
-"""
-
-
 def test_a_killed_run_goes_on_with_the_shards_that_lack(pipeline, undisturbed, small_batches, tmp_path, monkeypatch):
     moment = (
         "/done/.stage1-00000042.safetensors.json.partial"  # the shard is in place, but no note says that it is whole
     )
-    words = [text for name in INPUTS for text in (f"--{name}", str(getattr(pipeline, name)))]
-    paths = ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "metrics.json"), *words]
-    command = [sys.executable, "-c", DRIVER, moment, "metrics", "--config", SETTINGS.canonical(), *paths]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "metrics.json").exists()
+    paths = {name: getattr(pipeline, name) for name in INPUTS} | {"state": tmp_path / "state"}
+    tiny.kill(moment, "metrics", SETTINGS, tmp_path / "metrics.json", threads=2, **paths)
     taken, features = [], Evaluator.features
 
     def counted(self, batches):

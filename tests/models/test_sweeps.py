@@ -1,8 +1,4 @@
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,7 +15,6 @@ from dod_models.sample import SampleConfig, Samples, draw_grid, sample_stage
 from dod_models.sweeps import TOOK, Sweep, SweepConfig, build_sweeps
 
 from . import tiny
-from .test_encode import DRIVER
 
 INPUTS = ("reference", "codec", "dataset", "latents", "stage1", "stage2")
 
@@ -144,18 +139,11 @@ def undisturbed(pipeline, tmp_path_factory):
 
 def test_a_killed_sweep_goes_on_with_the_rows_that_lack(pipeline, undisturbed, tmp_path, caplog):
     inputs = {name: pipeline.root / name for name in INPUTS} | {"checkpoint": pipeline.checkpoint}
-    words = [text for name, path in inputs.items() for text in (f"--{name}", str(path))]
-    words += ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "sweeps.json")]
-    words += ["--picture", str(tmp_path / "sweep.png")]
-    command = ["sweeps", "--config", settings(*ROWS, probe=True).canonical(), *words]
     fourth = Sweep(settings(*ROWS), inputs, tmp_path / "state").folders["reconstruction guidance=1 euler steps=2"]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, f"{fourth.name}/.row.json.partial", *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
+    paths = inputs | {"state": tmp_path / "state", "picture": tmp_path / "sweep.png"}
+    tiny.kill(
+        f"{fourth.name}/.row.json.partial", "sweeps", settings(*ROWS, probe=True), tmp_path / "sweeps.json", **paths
     )
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "sweeps.json").exists()
     assert len(list(tmp_path.glob("state/*/row.json"))) == 3
     sweep(pipeline, tmp_path, *ROWS, probe=True)
     assert (tmp_path / "sweeps.json").read_bytes() == undisturbed

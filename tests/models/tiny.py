@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +16,8 @@ import scipy.io
 import torch
 from PIL import Image
 
-from dod_models import artifact, cli, devkit, layout
+from dod_models import artifact, cli, codec, devkit, layout
+from dod_models.config import Frozen
 from dod_models.model import DoD, ModelConfig
 
 SIZE = 16  # pixels
@@ -144,6 +149,32 @@ def pack_officially(images: Path, root: Path) -> Path:
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder."""
     return {p.relative_to(folder).as_posix(): artifact.sha256_file(p) for p in folder.rglob("*") if p.is_file()}
+
+
+# `python -m dod_models.cli` in a process that kills itself with SIGKILL when it comes to rename a certain file.
+KILLED = """
+import os, signal, sys
+name, batch, *arguments = sys.argv[1:]
+def die(event, details):
+    if event == "os.rename" and str(details[0]).endswith(name):
+        os.kill(os.getpid(), signal.SIGKILL)
+from dod_models import cli, codec
+codec.BATCH = int(batch)
+sys.addaudithook(die)
+sys.exit(cli.main(arguments))
+"""
+
+
+def kill(moment: str, name: str, config: Frozen, out: Path, *, threads: int = 1, **paths: Path) -> None:
+    """Run a stage as the command line does, killed when it comes to rename a file whose name ends so."""
+    words = [text for key, path in (paths | {"out": out}).items() for text in (f"--{key}", str(path))]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, moment, str(codec.BATCH), name, "--config", config.canonical(), *words],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
 
 
 def stage(name: str, config: dict[str, Any], out: Path, facts: Path, **inputs: Path) -> Any:

@@ -208,14 +208,20 @@ def test_an_output_of_other_settings_is_refused(computed: tuple[Job, Parcel], de
     assert digests(job.out) == before
 
 
-def test_a_mark_that_names_a_file_elsewhere_is_refused(deployment: Deployment, tmp_path: Path):
-    job = job_of("latents")
+def sharded(job: Job, deployment: Deployment) -> tuple[Parcel, Bucket]:
+    """The job sent to the bucket, and all of its shards made there."""
     parcel = cluster.pack(job, deployment)
     bucket = Bucket(parcel.storage)
     cluster.send(parcel, job, bucket)
     for index in range(parcel.shards):
         Node(parcel).shard(index)
     Node(parcel).finish(("cpu",), {})
+    return parcel, bucket
+
+
+def test_a_mark_that_names_a_file_elsewhere_is_refused(deployment: Deployment, tmp_path: Path):
+    job = job_of("latents")
+    parcel, bucket = sharded(job, deployment)
     name = parcel.mark(0)
     told = bucket.read(name)
     assert told is not None
@@ -245,12 +251,7 @@ def test_weights_that_the_settings_name_travel(own: Project, deployment: Deploym
 
 def test_a_shard_that_was_replaced_is_refused_and_made_anew(deployment: Deployment):
     job = job_of("stage1")
-    parcel = cluster.pack(job, deployment)
-    bucket = Bucket(parcel.storage)
-    cluster.send(parcel, job, bucket)
-    for index in range(parcel.shards):
-        Node(parcel).shard(index)
-    Node(parcel).finish(("cpu",), {})
+    parcel, bucket = sharded(job, deployment)
     told = bucket.read(parcel.mark(0))
     assert told is not None
     mark = json.loads(told[0])
