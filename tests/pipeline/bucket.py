@@ -29,11 +29,12 @@ class S3(NamedTuple):
     """A running server with an empty bucket."""
 
     endpoint: str
+    settings: Path  # an empty file: DVC takes no /dev/null for AWS's
 
     def environment(self, key: str = KEY, secret: str = SECRET) -> dict[str, str]:
         """What boto3 reads; nothing of the user's own settings."""
         mine = {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_DEFAULT_REGION": "us-east-1"}
-        none = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+        none = {"AWS_CONFIG_FILE": str(self.settings), "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
         return {**mine, **none, "AWS_ENDPOINT_URL_S3": self.endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
 
     def client(self) -> Any:
@@ -74,6 +75,8 @@ def serve(folder: Path, *, address: str = "127.0.0.1") -> Iterator[S3]:
         )
     ]
     (folder / "access.json").write_text(json.dumps({"identities": access}))
+    settings = folder / "aws"
+    settings.touch()
     ports = free_ports(2 * len(ROLES))
     named = [f"-{role}.port{kind}={ports.pop()}" for role in ROLES for kind in ("", ".grpc")]
     words = [f"-dir={folder}", f"-ip={address}", f"-ip.bind={address}", "-master.telemetry=false", "-filer", "-s3"]
@@ -82,7 +85,7 @@ def serve(folder: Path, *, address: str = "127.0.0.1") -> Iterator[S3]:
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(held([str(WEED), "server", *words]), stdout=log, stderr=log)
     try:
-        server, end = S3(endpoint), time.monotonic() + 60
+        server, end = S3(endpoint, settings), time.monotonic() + 60
         while True:
             try:
                 server.client().create_bucket(Bucket=BUCKET)

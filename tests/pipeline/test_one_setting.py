@@ -16,8 +16,6 @@ from .project import Project
 def test_with_one_setting_two_clones_share_everything(
     own: Project, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / "aws").touch()
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws"))  # DVC takes no /dev/null for it
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
     url = f"s3://{BUCKET}/{tmp_path.name}"
     own.write_params(own.params() | {"deployment": {"storage": {"url": url, "endpoint": s3.endpoint}}})

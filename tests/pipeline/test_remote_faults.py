@@ -44,12 +44,10 @@ def md5(data: bytes) -> str:
 
 
 @pytest.fixture(scope="module")
-def settings(server: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What boto3 and DVC read of the environment; DVC takes no /dev/null for a file of settings."""
-    path = tmp_path_factory.mktemp("aws") / "config"
-    path.touch()
+def settings(server: S3) -> Iterator[None]:
+    """What boto3 and DVC read of the environment."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (server.environment() | {"AWS_CONFIG_FILE": str(path)}).items():
+        for name, value in server.environment().items():
             patch.setenv(name, value)
         yield
 
