@@ -38,7 +38,7 @@ def repository(name: str, deployment: dict[str, Any]) -> Path:
 
 def run(root: Path, variables: dict[str, str]) -> None:
     """`dod run`, its output on stderr."""
-    quiet = {"OMP_NUM_THREADS": "1", "DAGSTER_HOME": str(root / "dagster_home")}
+    quiet = {"OMP_NUM_THREADS": "1", "DAGSTER_HOME": str(root / "dagster_home"), "PYTHONPATH": str(root)}
     command = [str(Path(sys.executable).parent / "dod"), "run", EXPERIMENT]
     subprocess.run(command, cwd=root, env=dict(os.environ) | quiet | variables, stdout=sys.stderr, check=True)
 

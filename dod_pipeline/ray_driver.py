@@ -12,8 +12,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from dod_pipeline.deployment import Ray
 from dod_pipeline.node import Node, StageError, lacking
@@ -69,6 +67,9 @@ def options(cluster: Ray) -> dict[str, Any]:
 
 def train(parcel: Parcel) -> None:
     """Train with as many workers as the deployment says; after the loss of one all begin again from the last state."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig  # late: of other jobs the driver needs no torch
+    from ray.train.torch import TorchTrainer
+
     cluster = parcel.cluster
     resources = {"CPU": cluster.cpus} | ({"GPU": cluster.gpus} if cluster.gpus else {})
     trainer = TorchTrainer(
