@@ -19,7 +19,7 @@ run := @PATH="$$PWD/.venv/bin:$$PATH"
 compile := $(uv) pip compile --universal --generate-hashes --python-version 3.11 --custom-compile-command 'make lock' --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo ui demo-seeds demo-ray bench-model bench-evaluate bench-gate verify-adm test test-slow ray soak lint audit lock clean
+.PHONY: help setup demo ui demo-seeds demo-ray bench-overhead bench-model bench-evaluate bench-gate verify-adm test test-slow ray soak lint audit lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ demo-seeds: setup ## the demo under three seeds, with guidance sweeps
 
 demo-ray: setup ray ## the demo here and on a Ray cluster of two nodes, through S3, and both digests: 20 minutes, as root
 	$(run) .venv/bin/python -m benchmarks.cluster
+
+bench-overhead: setup ## what Dagster and DVC cost the demo beside its bare stages, and how fast commands answer: 8 minutes
+	$(run) .venv/bin/python -m benchmarks.overhead
 
 bench-model: setup ## DoD-B's training and sampling steps and its loader against naive ones and peers: 15 minutes
 	$(run) .venv/bin/python -m benchmarks.model
