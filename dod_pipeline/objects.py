@@ -6,6 +6,7 @@ A content is a list of files with their md5, which is a name here and no proof: 
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,6 +24,7 @@ from dod_pipeline.s3 import Bucket
 FOLDER = "dvc"  # below the storage's URL: DVC's remote
 ITSELF = "."  # the path of a content that is a single file
 AHEAD = 16  # transfers at a time
+UNUSED = 3600.0  # seconds after which a file of a cache may go
 
 
 def check_below(path: str) -> str:
@@ -92,8 +94,9 @@ def push_one(bucket: Bucket, root: Path, file: File) -> bool:
 def pull(bucket: Bucket, content: Content, target: Path, *, cache: Path) -> None:
     """Make `target` hold the content, out of a cache that is filled from the bucket: hard links, not to be written to.
 
-    Whoever shares the cache may do the same at once.
+    Whoever shares the cache may do the same at once. What was used longest ago goes where there is no room.
     """
+    make_room(cache, sum(file.size for file in unique(content) if not is_kept(file, cache)))
     for _ in in_order(partial(keep, bucket, cache=cache), unique(content), ahead=AHEAD):
         pass
     for file in content:
@@ -103,10 +106,31 @@ def pull(bucket: Bucket, content: Content, target: Path, *, cache: Path) -> None
             os.link(cache / file.object, path)
 
 
+def is_kept(file: File, cache: Path) -> bool:
+    """Whether the cache has a file."""
+    path = cache / file.object
+    return path.is_file() and path.stat().st_size == file.size
+
+
+def make_room(cache: Path, size: int) -> None:
+    """Remove files that nobody has linked and that were used longest ago, until so many bytes are free; OSError where
+    that doesn't suffice."""
+    cache.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(cache).free
+    known = [(path.stat(), path) for path in cache.glob("files/md5/*/*")] if room < size else []
+    for stat, path in sorted(known, key=lambda item: item[0].st_mtime):
+        if room < size and stat.st_nlink == 1 and stat.st_mtime < time.time() - UNUSED:
+            path.unlink(missing_ok=True)
+            room += stat.st_size
+    if room < size:
+        raise OSError(f"{cache}: {size:,} bytes to fetch, {room:,} bytes are free; make room or set DOD_CACHE")
+
+
 def keep(bucket: Bucket, file: File, *, cache: Path) -> None:
     """Have a file in the cache."""
     path = cache / file.object
-    if path.is_file() and path.stat().st_size == file.size:
+    if is_kept(file, cache):
+        os.utime(path)
         return
     beside = path.with_name(f".{uuid.uuid4().hex}.partial")
     fetch(bucket, file, beside)

@@ -1,7 +1,11 @@
 """Folders by content against a real S3 server: what travels, what is refused, what DVC finds there."""
 
 import hashlib
+import os
+import shutil
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -81,6 +85,45 @@ def test_a_cut_file_in_the_cache_is_fetched_again(bucket: Bucket, folder: Path, 
     place.write_text("sam")
     objects.pull(bucket, content, tmp_path / "second", cache=cache)
     assert (tmp_path / "second" / "a").read_text() == "same"
+
+
+class Disk(NamedTuple):
+    """What a disk of 400 bytes has left beside a cache."""
+
+    free: int
+
+    @classmethod
+    def with_cache(cls, cache: Path) -> "Disk":
+        return cls(400 - sum(path.stat().st_size for path in (cache / "files").rglob("*") if path.is_file()))
+
+
+def test_a_full_cache_loses_what_was_used_longest_ago_and_by_nobody_now(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    contents, cache = [], tmp_path / "cache"
+    monkeypatch.setattr(shutil, "disk_usage", Disk.with_cache)
+    for number, name in enumerate(("used", "oldest", "old", "new")):
+        (tmp_path / name).write_bytes(bytes([number]) * 100)
+        contents.append(objects.content_of(tmp_path / name))
+        objects.push(bucket, tmp_path / name, contents[-1])
+        objects.pull(bucket, contents[-1], tmp_path / "in use" / name, cache=cache)
+        ago = time.time() - objects.UNUSED * (3.5 - number)  # the last is of this hour
+        os.utime(cache / contents[-1][0].object, (ago, ago))
+        if name != "used":
+            (tmp_path / "in use" / name).unlink()
+
+    def take(name: str, size: int) -> list[bool]:
+        (tmp_path / name).write_bytes(name[:1].encode() * size)
+        content = objects.content_of(tmp_path / name)
+        objects.push(bucket, tmp_path / name, content)
+        objects.pull(bucket, content, tmp_path / "in use" / name, cache=cache)
+        return [objects.is_kept(file, cache) for (file,) in contents]
+
+    assert take("a hundred", 100) == [True, False, True, True]
+    assert take("b hundred", 100) == [True, False, False, True]
+    with pytest.raises(OSError, match=r"cache: 300 bytes to fetch, 0 bytes are free; make room or set DOD_CACHE"):
+        take("three hundred", 300)
+    assert take("empty", 0) == [True, False, False, True]
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../out", "a/../../b", "a//b", "", "a/."])
