@@ -56,12 +56,14 @@ def answer(root: Path) -> float:
     began = time.monotonic()
     command = [str(BIN / "dagster"), "dev", "--host", "127.0.0.1", "--port", port]
     with subprocess.Popen(command, cwd=root, env=environment(root), stdout=sys.stderr) as process:
-        while True:
+        while process.poll() is None:
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=1):
                 break
             time.sleep(POLL)
-        found = time.monotonic() - began
+        found, ended = time.monotonic() - began, process.poll()
         process.terminate()
+    if ended is not None:
+        sys.exit(f"dagster dev ended with {ended}, as it says above")
     return found
 
 
@@ -74,9 +76,11 @@ def main() -> None:
     over = threading.Event()
     watcher = threading.Thread(target=watch, args=(over, lives))
     watcher.start()
-    whole = seconds(root, "dod", "run", EXPERIMENT)
-    over.set()
-    watcher.join()
+    try:
+        whole = seconds(root, "dod", "run", EXPERIMENT)
+    finally:
+        over.set()
+        watcher.join()
     bare = {name: end - begin for name, (begin, end) in lives.items()}
     print("| stage | seconds of its process |\n|---|---:|")
     for name, spent in bare.items():

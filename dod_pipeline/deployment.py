@@ -25,7 +25,7 @@ class Storage(Frozen):
     url: str | None = None  # s3://BUCKET/PREFIX; None: what is kept stays in this folder and on DVC's own remote
     endpoint: str | None = None  # http(s)://HOST:PORT of an S3 server that isn't AWS's
     push: Push = "never"  # `each` where a URL is given
-    push_of: dict[str, Push] = Field(default_factory=dict)  # of a stage, or of STAGE@KEY, instead: {latents: never}
+    push_of: dict[str, Push] = Field(default_factory=dict)  # of a stage, or of STAGE@KEY: {latents: never}
     timeout: PositiveFloat = 600  # seconds that one `dvc push` or `dvc pull` may take
 
     @model_validator(mode="before")

@@ -41,8 +41,9 @@ files, are no assets: what they make is a source.
 
 **What is kept elsewhere.** With `Keep(push="each")` each stage that was made is pushed to DVC's default remote, with
 `Keep(push="end")` all of a run at its end, in one call and a bounded time; `push_of={"raw": "never", "train@large":
-"each"}` says it of a stage or an instance. With `Keep(commit=("dvc.lock", ...))` a run ends in a commit of those paths.
-What fails is a warning, undoes nothing, and is repeated the next time.
+"each"}` says it of a stage or an instance; what is to go at the end goes with whatever is pushed before. With
+`Keep(commit=("dvc.lock", ...))` a run ends in a commit of those paths. What fails is a warning, undoes nothing, and is
+repeated the next time.
 
 **Locks.** Any number of runs may share a repository: stages run side by side where DVC's locks allow it, and who finds
 one taken is tried again. The stage's process gets Dagster Pipes' variables: it can report while it runs, and need not.
@@ -117,7 +118,7 @@ class Pipeline:
     ) -> None:
         self.graph = graph
         self.keep = keep
-        keep.check(graph.instances.values())
+        keep.check(graph.stages | graph.instances.keys())
         self.run_tags = run_tags
         self.pools = pools  # not for a run that has the folder alone: who holds a slot may wait for the folder
         self.code = {name: graph.code(instance) for name, instance in graph.instances.items()}

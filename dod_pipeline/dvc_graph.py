@@ -60,6 +60,7 @@ class Graph:
         read = read_yaml(root / DVC_YAML)
         if unknown := set(read) - SECTIONS:
             raise ValueError(f"{DVC_YAML}: {min(unknown)!r} is not supported; remove it")
+        self.stages = set(read.get("stages") or {})
         found = {item.name: item for item in map(instance, templates(root, read))}
         self.lineage = edges(found)  # as `dvc dag` shows it
         self.instances = {name: found[name] for name in in_order(self.lineage)}
@@ -95,6 +96,8 @@ class Graph:
     def ends(self, names: Iterable[str]) -> list[str]:
         """Those of the instances from which none of the others is made."""
         inside = set(names)
+        if unknown := inside - self.instances.keys():
+            raise ValueError(f"{DVC_YAML}: has no stage {min(unknown)!r} any more; run it again")
         before = set[str]().union(*(self.upstream[name] for name in inside))
         return [name for name in self.instances if name in inside - before]
 

@@ -39,10 +39,9 @@ class Keep(NamedTuple):
         """When the outputs of a stage instance are pushed."""
         return self.push_of.get(instance.name, self.push_of.get(instance.stage, self.push))
 
-    def check(self, instances: Collection[Instance]) -> None:
-        """ValueError where `push_of` names what is not there."""
-        known = {name for one in instances for name in (one.name, one.stage)}
-        for name in self.push_of.keys() - known:
+    def check(self, known: Collection[str]) -> None:
+        """ValueError where `push_of` names what is neither a stage nor an instance."""
+        for name in self.push_of.keys() - set(known):
             raise ValueError(f"push_of: dvc.yaml has no stage {name!r}; it has {', '.join(sorted(known))}")
 
 

@@ -1,13 +1,15 @@
 """What a machine of a cluster does for a parcel: it brings the inputs, computes, uploads the result.
 
-Several processes of a machine share its copy of the inputs. Ray is not imported here.
+Several processes of a machine share its copy of the inputs, and all parcels its cache. Ray is not imported here.
 """
 
 import fcntl
 import os
 import shutil
+import time
+import weakref
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from dod_pipeline.objects import Content
 from dod_pipeline.parcel import Mark, Parcel, Result
 from dod_pipeline.s3 import Bucket
 from dod_pipeline.stages import Job
+
+USED = "used"  # in a parcel's folder: locked by those who compute it, as old as the last of them
 
 
 class StageError(Exception):
@@ -39,8 +43,12 @@ class Node:
     def job(self) -> Job:
         """The job on this machine, its inputs brought here by one process at a time."""
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / "lock").open("w") as lock:
+        with (self.cache / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            used = os.open(self.root / USED, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            weakref.finalize(self, os.close, used)
+            fcntl.flock(used, fcntl.LOCK_SH)
+            tidy(self.cache)
             data = Bucket(f"{self.parcel.storage}/{objects.FOLDER}")
             for name, content in self.parcel.inputs.items():
                 objects.pull(data, content, self.root / "inputs" / name, cache=self.cache)
@@ -126,6 +134,15 @@ class Node:
         """Say that all is there."""
         result = Result(parcel=self.parcel.digest, devices=devices, files=files)
         self.bucket.write(self.parcel.result, result.canonical().encode())
+
+
+def tidy(cache: Path) -> None:
+    """Remove parcels that nobody computes any more, as after a loss, or once others have put the shards together."""
+    for used in cache.glob(f"parcels/*/{USED}"):
+        with suppress(BlockingIOError, FileNotFoundError), used.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if used.stat().st_mtime < time.time() - objects.UNUSED:
+                shutil.rmtree(used.parent)
 
 
 def lacking(parcel: Parcel, bucket: Bucket) -> list[int]:

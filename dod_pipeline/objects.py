@@ -94,10 +94,16 @@ def push_one(bucket: Bucket, root: Path, file: File) -> bool:
 def pull(bucket: Bucket, content: Content, target: Path, *, cache: Path) -> None:
     """Make `target` hold the content, out of a cache that is filled from the bucket: hard links, not to be written to.
 
-    Whoever shares the cache may do the same at once. What was used longest ago goes where there is no room.
+    One process at a time fills a cache. What was used longest ago goes where there is no room.
     """
-    make_room(cache, sum(file.size for file in unique(content) if not is_kept(file, cache)))
-    for _ in in_order(partial(keep, bucket, cache=cache), unique(content), ahead=AHEAD):
+    lack = []
+    for file in unique(content):
+        if is_kept(file, cache):
+            os.utime(cache / file.object)
+        else:
+            lack.append(file)
+    make_room(cache, sum(file.size for file in lack))
+    for _ in in_order(partial(keep, bucket, cache=cache), lack, ahead=AHEAD):
         pass
     for file in content:
         path = place(target, file)
@@ -127,11 +133,8 @@ def make_room(cache: Path, size: int) -> None:
 
 
 def keep(bucket: Bucket, file: File, *, cache: Path) -> None:
-    """Have a file in the cache."""
+    """Fetch a file to the cache."""
     path = cache / file.object
-    if is_kept(file, cache):
-        os.utime(path)
-        return
     beside = path.with_name(f".{uuid.uuid4().hex}.partial")
     fetch(bucket, file, beside)
     beside.chmod(0o444)

@@ -1,5 +1,6 @@
 """What travels to a cluster and back, by a real bucket. Nodes compute in this process; test_ray.py has real ones."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from dod_models.state import TrainConfig, WarmStart
 from dod_pipeline import cluster, launch, objects, stages
 from dod_pipeline.config import load_params
 from dod_pipeline.deployment import Deployment
-from dod_pipeline.node import Node, StageError, lacking
+from dod_pipeline.node import USED, Node, StageError, lacking, tidy
 from dod_pipeline.parcel import Parcel
 from dod_pipeline.s3 import Bucket
 from dod_pipeline.stages import Job
@@ -229,6 +230,21 @@ def test_a_mark_that_names_a_file_elsewhere_is_refused(deployment: Deployment, t
     bucket.write(name, json.dumps(mark).encode())
     with pytest.raises(artifact.DamagedError, match="outside of its work"):
         cluster.run(job, deployment)
+
+
+def test_a_node_keeps_nothing_of_parcels_that_are_over(deployment: Deployment):
+    parcel, _ = sharded(job_of("latents"), deployment)  # others put its shards together
+    other = Node(cluster.pack(job_of("stage1"), deployment))
+    cluster.send(other.parcel, job_of("stage1"), other.bucket)
+    over = Node(parcel).root
+    inside = next(path for path in (over / "inputs").rglob("*.safetensors"))
+    assert inside.stat().st_nlink == 2  # in the cache, too
+    os.utime(over / USED, (0, 0))
+    with (over / USED).open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert other.job.key == "tiny-6" and over.exists()  # as a process computes it
+    tidy(other.cache)
+    assert not over.exists() and other.root.exists()
 
 
 def test_what_only_this_machine_has_is_named(deployment: Deployment, images: Path):

@@ -100,6 +100,7 @@ class Disk(NamedTuple):
 def test_a_full_cache_loses_what_was_used_longest_ago_and_by_nobody_now(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """Of the folder that is fetched, what is there already is used now, too."""
     contents, cache = [], tmp_path / "cache"
     monkeypatch.setattr(shutil, "disk_usage", Disk.with_cache)
     for number, name in enumerate(("used", "oldest", "old", "new")):
@@ -120,7 +121,15 @@ def test_a_full_cache_loses_what_was_used_longest_ago_and_by_nobody_now(
         return [objects.is_kept(file, cache) for (file,) in contents]
 
     assert take("a hundred", 100) == [True, False, True, True]
-    assert take("b hundred", 100) == [True, False, False, True]
+    (tmp_path / "both").mkdir()
+    shutil.copy(tmp_path / "old", tmp_path / "both" / "old")  # the oldest by now
+    (tmp_path / "both" / "b").write_bytes(b"b" * 100)
+    both = objects.content_of(tmp_path / "both")
+    objects.push(bucket, tmp_path / "both", both)
+    with pytest.raises(OSError, match=r"cache: 100 bytes to fetch, 0 bytes are free; make room or set DOD_CACHE"):
+        objects.pull(bucket, both, tmp_path / "in use" / "both", cache=cache)
+    os.utime(cache / contents[2][0].object, (0, 0))
+    assert take("c hundred", 100) == [True, False, False, True]
     with pytest.raises(OSError, match=r"cache: 300 bytes to fetch, 0 bytes are free; make room or set DOD_CACHE"):
         take("three hundred", 300)
     assert take("empty", 0) == [True, False, False, True]
