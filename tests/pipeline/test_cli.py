@@ -191,6 +191,7 @@ def test_dod_says_make_setup_where_dvc_is_missing(
     bare: Project, launcher: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ):
     monkeypatch.setattr(dvc_repo, "executable", lambda: str(launcher))
+    shutil.copy(tiny.SOURCE / "dvc.yaml", bare.root)
     for command in (["run", "tiny"], ["status"]):
         assert cli.main(command) == 1
         assert "run `make setup` in" in capsys.readouterr().err
