@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dod_pipeline import cluster
+from dod_pipeline.deployment import Deployment
+
 from . import project as tiny
-from .bucket import S3, serve
+from .bucket import BUCKET, S3, serve
+from .one_node import Here
 from .processes import end_all
 from .project import Project
 
@@ -105,3 +109,25 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     return server
+
+
+@pytest.fixture
+def deployment(
+    own: Project,
+    images: Path,
+    inside: Callable[[Project], None],
+    s3: S3,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Deployment:
+    """The built project's folder, and a deployment whose cluster is this process."""
+    inside(own)
+    monkeypatch.setenv("DOD_CACHE", str(tmp_path / "node"))
+    monkeypatch.setattr(cluster, "Submission", Here)
+    Here.made = []
+    values = {
+        "compute": "ray",
+        "ray": {"gpus": 0, "shared": [str(images)]},
+        "storage": {"url": f"s3://{BUCKET}/{tmp_path.name}"},
+    }
+    return Deployment.model_validate(values)

@@ -1,6 +1,5 @@
 """What travels to a cluster and back, by a real bucket. Nodes compute in this process; test_ray.py has real ones."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,74 +10,17 @@ from typing import Any
 import pytest
 
 from dod_models import artifact
-from dod_models.state import TrainConfig, WarmStart
+from dod_models.state import WarmStart
 from dod_pipeline import cluster, launch, objects, stages
-from dod_pipeline.config import load_params
 from dod_pipeline.deployment import Deployment
-from dod_pipeline.node import USED, Node, StageError, lacking, tidy
+from dod_pipeline.node import Node
 from dod_pipeline.parcel import Parcel
 from dod_pipeline.s3 import Bucket
 from dod_pipeline.stages import Job
 
-from .bucket import BUCKET, S3
+from .bucket import S3
+from .one_node import KEYS, Here, digests, job_of, sharded
 from .project import Project
-
-KEYS = {"reference": "tiny", "codec": "tiny", "latents": "tiny", "train": "tiny"} | {
-    name: "tiny-6" for name in ("stage1", "stage2", "metrics", "sweeps")
-}
-
-
-class Here:
-    """A cluster of one node: this process."""
-
-    made: list[str]  # what was computed
-
-    def __init__(self, parcel: Parcel) -> None:
-        self.parcel = parcel
-
-    def follow(self) -> None:
-        node = Node(self.parcel)
-        if self.parcel.stage == "train":
-            node.train()
-            Here.made.append("train")
-        elif self.parcel.shards:
-            for index in lacking(self.parcel, node.bucket):
-                node.shard(index)
-                Here.made.append(f"shard {index}")
-            node.finish(("cpu",), {})
-        else:
-            node.whole()
-            Here.made.append("whole")
-
-
-@pytest.fixture
-def deployment(
-    own: Project,
-    images: Path,
-    inside: Callable[[Project], None],
-    s3: S3,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Deployment:
-    """The built project's folder, and a deployment whose cluster is this process."""
-    inside(own)
-    monkeypatch.setenv("DOD_CACHE", str(tmp_path / "node"))
-    monkeypatch.setattr(cluster, "Submission", Here)
-    Here.made = []
-    values = {
-        "compute": "ray",
-        "ray": {"gpus": 0, "shared": [str(images)]},
-        "storage": {"url": f"s3://{BUCKET}/{tmp_path.name}"},
-    }
-    return Deployment.model_validate(values)
-
-
-def job_of(stage: str) -> Job:
-    return stages.resolve(load_params(), stage, KEYS[stage])
-
-
-def digests(path: Path) -> dict[str, str]:
-    return {file.path: file.md5 for file in objects.content_of(path)}
 
 
 def left(deployment: Deployment) -> list[str]:
@@ -208,17 +150,6 @@ def test_an_output_of_other_settings_is_refused(computed: tuple[Job, Parcel], de
     assert digests(job.out) == before
 
 
-def sharded(job: Job, deployment: Deployment) -> tuple[Parcel, Bucket]:
-    """The job sent to the bucket, and all of its shards made there."""
-    parcel = cluster.pack(job, deployment)
-    bucket = Bucket(parcel.storage)
-    cluster.send(parcel, job, bucket)
-    for index in range(parcel.shards):
-        Node(parcel).shard(index)
-    Node(parcel).finish(("cpu",), {})
-    return parcel, bucket
-
-
 def test_a_mark_that_names_a_file_elsewhere_is_refused(deployment: Deployment, tmp_path: Path):
     job = job_of("latents")
     parcel, bucket = sharded(job, deployment)
@@ -230,21 +161,6 @@ def test_a_mark_that_names_a_file_elsewhere_is_refused(deployment: Deployment, t
     bucket.write(name, json.dumps(mark).encode())
     with pytest.raises(artifact.DamagedError, match="outside of its work"):
         cluster.run(job, deployment)
-
-
-def test_a_node_keeps_nothing_of_parcels_that_are_over(deployment: Deployment):
-    parcel, _ = sharded(job_of("latents"), deployment)  # others put its shards together
-    other = Node(cluster.pack(job_of("stage1"), deployment))
-    cluster.send(other.parcel, job_of("stage1"), other.bucket)
-    over = Node(parcel).root
-    inside = next(path for path in (over / "inputs").rglob("*.safetensors"))
-    assert inside.stat().st_nlink == 2  # in the cache, too
-    os.utime(over / USED, (0, 0))
-    with (over / USED).open() as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        assert other.job.key == "tiny-6" and over.exists()  # as a process computes it
-    tidy(other.cache)
-    assert not over.exists() and other.root.exists()
 
 
 def test_what_only_this_machine_has_is_named(deployment: Deployment, images: Path):
@@ -284,35 +200,6 @@ def test_a_shard_that_was_replaced_is_refused_and_made_anew(deployment: Deployme
     assert digests(job.out) == before and Here.made == ["shard 0"]
 
 
-def test_a_worker_s_own_error_is_found_by_those_that_begin_again(deployment: Deployment):
-    job = job_of("train")
-    assert isinstance(job.config, TrainConfig)
-    model = job.config.model.model_copy(update={"num_classes": 4})
-    parcel = cluster.pack(job._replace(config=job.config.model_copy(update={"model": model})), deployment)
-    cluster.send(parcel, job, Bucket(parcel.storage))
-    with pytest.raises(StageError):
-        Node(parcel).train()
-    Node(parcel).train()  # as Ray Train begins all of them again: it returns, and the driver finds no result
-    assert Bucket(parcel.storage).find(parcel.result) is None
-
-
-def test_a_node_that_can_not_reach_its_state_does_not_begin_from_nothing(
-    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
-):
-    job = job_of("train")
-    parcel = cluster.pack(job, deployment)
-    cluster.send(parcel, job, Bucket(parcel.storage))
-
-    def refuse(self: Bucket, name: str) -> None:
-        raise ConnectionError(f"{name}: SlowDown")
-
-    node = Node(parcel)
-    assert node.job.out.parent == node.root  # its inputs are here
-    monkeypatch.setattr(Bucket, "read", refuse)
-    with pytest.raises(ConnectionError, match=r"index.json: SlowDown"):
-        node.train()
-
-
 @pytest.mark.parametrize(
     "change",
     [{"key": "../x"}, {"work": "../z"}, {"inputs": {"../evil": ()}}, {"writes": ("out",)}, {"named": {"../a": ()}}],
@@ -329,26 +216,6 @@ def test_code_that_is_no_commit_s_is_not_sent(own: Project, deployment: Deployme
     with pytest.raises(ValueError, match=r"`git commit` them, or set compute: local"):
         cluster.run(job_of("train"), deployment)
     assert left(deployment) == []
-
-
-def test_a_node_with_other_code_says_so(deployment: Deployment):
-    job = job_of("metrics")
-    parcel = cluster.pack(job, deployment)
-    cluster.send(parcel, job, Bucket(parcel.storage))
-    with pytest.raises(StageError, match="is not the sender's"):
-        Node(parcel.model_copy(update={"work": "0" * 32})).shard(0)
-
-
-def test_a_stage_that_fails_says_why_and_leaves_no_result(deployment: Deployment, capsys: pytest.CaptureFixture[str]):
-    job = job_of("train")
-    assert isinstance(job.config, TrainConfig)
-    model = job.config.model.model_copy(update={"num_classes": 4})
-    parcel = cluster.pack(job._replace(config=job.config.model_copy(update={"model": model})), deployment)
-    cluster.send(parcel, job, Bucket(parcel.storage))
-    with pytest.raises(StageError, match="train of tiny failed, as said above"):
-        Node(parcel).train()
-    assert "latents have 3 classes" in capsys.readouterr().err
-    assert Bucket(parcel.storage).find(parcel.result) is None
 
 
 def test_a_job_is_named_by_what_it_computes(own: Project, deployment: Deployment):
