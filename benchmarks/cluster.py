@@ -6,7 +6,6 @@ second call has nothing to do. Writes Markdown to stdout. Wants root, for the na
 """
 
 import importlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,17 +29,16 @@ bucket, network, ray_nodes = (
 
 def repository(name: str, deployment: dict[str, Any]) -> Path:
     """A clone with a cache of its own, and this deployment."""
-    root = clone.at_this_commit(name)
-    clone.call(str(clone.ROOT / ".venv/bin/dvc"), "cache", "dir", "--local", "--unset", cwd=root)
+    root = clone.at_this_commit(name, apart=True)
     clone.write_params(root, clone.read_params(root) | {"deployment": deployment})
     return root
 
 
 def run(root: Path, variables: dict[str, str]) -> None:
     """`dod run`, its output on stderr."""
-    quiet = {"OMP_NUM_THREADS": "1", "DAGSTER_HOME": str(root / "dagster_home"), "PYTHONPATH": str(root)}
+    environment = clone.environment(root) | {"OMP_NUM_THREADS": "1"}
     command = [str(Path(sys.executable).parent / "dod"), "run", EXPERIMENT]
-    subprocess.run(command, cwd=root, env=dict(os.environ) | quiet | variables, stdout=sys.stderr, check=True)
+    subprocess.run(command, cwd=root, env=environment | variables, stdout=sys.stderr, check=True)
 
 
 def outputs(root: Path) -> dict[str, str]:

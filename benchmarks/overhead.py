@@ -4,7 +4,6 @@ The demo is made in a clone below `.state/` with a cache of its own. While it ru
 stage` are watched: what is not in them is overhead. Writes Markdown to stdout.
 """
 
-import os
 import shutil
 import socket
 import subprocess
@@ -38,15 +37,9 @@ def watch(over: threading.Event, lives: dict[str, Life]) -> None:
 def seconds(root: Path, *command: str) -> float:
     """How long a command takes; what it says goes to stderr."""
     began = time.monotonic()
-    subprocess.run(
-        [str(BIN / command[0]), *command[1:]], cwd=root, env=environment(root), stdout=sys.stderr, check=True
-    )
+    words = [str(BIN / command[0]), *command[1:]]
+    subprocess.run(words, cwd=root, env=clone.environment(root), stdout=sys.stderr, check=True)
     return time.monotonic() - began
-
-
-def environment(root: Path) -> dict[str, str]:
-    """The clone's own code and Dagster's folder."""
-    return os.environ | {"DAGSTER_HOME": str(root / "dagster_home"), "PYTHONPATH": str(root)}
 
 
 def answer(root: Path) -> float:
@@ -55,7 +48,7 @@ def answer(root: Path) -> float:
         port = str(free.getsockname()[1])
     began = time.monotonic()
     command = [str(BIN / "dagster"), "dev", "--host", "127.0.0.1", "--port", port]
-    with subprocess.Popen(command, cwd=root, env=environment(root), stdout=sys.stderr) as process:
+    with subprocess.Popen(command, cwd=root, env=clone.environment(root), stdout=sys.stderr) as process:
         while process.poll() is None:
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=1):
                 break
@@ -70,8 +63,7 @@ def answer(root: Path) -> float:
 def main() -> None:
     """Measure and print."""
     shutil.rmtree(clone.ROOT / ".state" / "overhead", ignore_errors=True)
-    root = clone.at_this_commit("overhead")
-    clone.call(str(BIN / "dvc"), "cache", "dir", "--local", "--unset", cwd=root)
+    root = clone.at_this_commit("overhead", apart=True)
     lives: dict[str, Life] = {}
     over = threading.Event()
     watcher = threading.Thread(target=watch, args=(over, lives))

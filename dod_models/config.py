@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 S3 = "s3://"
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]+")
 SECRET = re.compile(r"://\S*@")  # in a URL: user and password, which no message repeats
+TOOK = "took.json"  # below a sweep's `state`: name of a row -> seconds that its own stage's sampling took
 CACHE = "DOD_CACHE"  # environment: folder that keeps local copies of what lies in S3; clones may share it
 
 Config = TypeVar("Config", bound="Frozen")  # typing.Self is beyond beartype in a class it doesn't decorate

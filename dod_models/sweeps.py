@@ -18,7 +18,7 @@ from pydantic import PositiveInt, field_validator, model_validator
 from dod_models import artifact, cost, probe, source
 from dod_models.checkpoint import load_checkpoint
 from dod_models.codec import Codec, device
-from dod_models.config import Frozen
+from dod_models.config import TOOK, Frozen
 from dod_models.cost import Spent
 from dod_models.data import LatentShards
 from dod_models.evaluator import Evaluator
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 RECONSTRUCTION = "reconstruction"
 PROBE = "probe"
-TOOK = "took.json"  # below `state`: name of a row -> seconds that its own stage's sampling took
 GRID = "grid.png"
 
 

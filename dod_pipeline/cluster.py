@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dod_models import artifact, cli
-from dod_models.config import S3
+from dod_models.config import S3, TOOK
 from dod_models.images import in_order
 from dod_pipeline import ledger, objects, stages
 from dod_pipeline.deployment import Deployment
@@ -162,8 +162,6 @@ def take(parcel: Parcel, result: Result, job: Job, bucket: Bucket) -> None:
         return
     places = {"took": None, "facts": job.facts, "picture": job.inputs.get("picture"), "out": job.out}
     if "took" in result.files:
-        from dod_models.sweeps import TOOK  # late, as below: this imports torch
-
         places["took"] = job.inputs["state"] / TOOK
     data = Bucket(f"{parcel.storage}/{objects.FOLDER}")
     for name, path in places.items():
@@ -173,7 +171,7 @@ def take(parcel: Parcel, result: Result, job: Job, bucket: Bucket) -> None:
 
 def gather(parcel: Parcel, job: Job, bucket: Bucket) -> None:
     """Fetch the shards to where the stage looks for them; it checks each against its note."""
-    from dod_models.shards import Shards
+    from dod_models.shards import Shards  # late: this imports torch
 
     folder = job.inputs["state"] / parcel.work
     found = [Mark.parse(json.loads(told[0]), place=name) for name, told in marks(parcel, bucket)]

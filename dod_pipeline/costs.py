@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from pydantic import NonNegativeFloat, PositiveInt
 
 from dod_models import artifact
-from dod_models.config import Frozen
+from dod_models.config import TOOK, Frozen
 from dod_pipeline import ledger, stages
 from dod_pipeline.config import Params
 from dod_pipeline.stages import Job
@@ -103,8 +103,6 @@ def pace(params: Params, checkpoint: str, *, stage: int, root: Path = COSTS) -> 
 
 def row_pace(params: Params, job: Job, name: str, *, count: int, before: int, root: Path = COSTS) -> Pace | None:
     """What the samples of a sweep's row took, with those of as many stages `before` it; None where that isn't known."""
-    from dod_models.sweeps import TOOK  # late, as it imports torch
-
     note, sweep = job.inputs["state"] / TOOK, newest(job, root)
     own = artifact.read_json(note).get(name) if note.exists() else None
     earlier = pace(params, job.key, stage=before, root=root) if before else Pace(0, 0, "")

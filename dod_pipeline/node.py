@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dod_models import cli
-from dod_models.config import CACHE, this_process
+from dod_models.config import CACHE, TOOK, this_process
 from dod_pipeline import fetch, objects
 from dod_pipeline.launch import device_name
 from dod_pipeline.mirror import Mirror, mirrored
@@ -119,8 +119,6 @@ class Node:
         """Upload what was made, then the result that names it."""
         made = {"out": self.job.out, "facts": self.job.facts, "picture": self.job.inputs.get("picture")}
         if self.parcel.stage == "sweeps":
-            from dod_models.sweeps import TOOK  # late, as it imports torch
-
             made["took"] = self.job.inputs["state"] / TOOK
         files = {name: objects.content_of(path) for name, path in made.items() if path is not None and path.exists()}
         data = Bucket(f"{self.parcel.storage}/{objects.FOLDER}")

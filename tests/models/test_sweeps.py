@@ -7,12 +7,13 @@ import torch
 from dod_models import artifact, cost
 from dod_models.checkpoint import load_checkpoint
 from dod_models.codec import Codec
+from dod_models.config import TOOK
 from dod_models.data import LatentShards
 from dod_models.evaluator import Evaluator
 from dod_models.images import ImageFolder
 from dod_models.probe import Features, exact
 from dod_models.sample import SampleConfig, Samples, draw_grid, sample_stage
-from dod_models.sweeps import TOOK, Sweep, SweepConfig, build_sweeps
+from dod_models.sweeps import Sweep, SweepConfig, build_sweeps
 
 from . import tiny
 

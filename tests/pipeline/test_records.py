@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dod_models import artifact
-from dod_models.sweeps import TOOK
+from dod_models.config import TOOK
 from dod_pipeline import costs, stages
 from dod_pipeline import records as made
 from dod_pipeline.config import Params
